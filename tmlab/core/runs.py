@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'atomic_path', 'glob_escape', 'is_alive', 'remove', 'write_json', 'to_jsonable', 'read_json',
            'config_hash', 'differing', 'Run', 'open_run', 'enter_run', 'lock_file', 'utc_now', 'environment', 'version',
-           'processor', 'git_commit', 'derive_seed', 'seed_everything', 'progress']
+           'processor', 'git_commit', 'derive_seed', 'seed_everything', 'progress', 'real_data']
 
 # %% ../../nbs/core/20_runs.ipynb #63bd7284
 import errno, fcntl, hashlib, importlib.metadata, json, os, platform, random, re, shutil, subprocess, sys, time
@@ -197,3 +197,10 @@ def progress(it=None, total=None, desc=None, unit="it", **kw):
     live = sys.stderr.isatty()
     return tqdm(it, total=total, desc=desc, unit=unit, mininterval=0.2 if live else 10, ncols=None if live else 110,
                 file=sys.stderr, dynamic_ncols=live, **kw)
+
+# %% ../../nbs/core/20_runs.ipynb #2d27a8f7
+def real_data(*parts):
+    "Path inside the folder of real game files (`TMLAB_REAL_DATA`, default `../shared/data` beside the checkout), or None when it is absent."
+    root = Path(os.environ.get("TMLAB_REAL_DATA") or Path(__import__("tmlab").__file__).parent.parent.parent / "shared/data")
+    path = root.joinpath(*parts)
+    return path if path.exists() else None
