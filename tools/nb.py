@@ -5,6 +5,7 @@
     python tools/nb.py apply nbs/core/10_config.ipynb   /tmp/config.txt     # also makes a new notebook
     python tools/nb.py export nbs/core/10_config.ipynb                      # that notebook alone -> tmlab/
     python tools/nb.py test   nbs/core/10_config.ipynb                      # run its cells, stop at the first error
+    python tools/nb.py run    nbs/core/10_config.ipynb                      # run its cells and keep what they show
 
 A cell begins with a line `# %%`, `# %% [markdown]`, then optionally `id=...` and `tags=a,b`. Everything up to the next such line
 is its source, as it stands (markdown is not commented out). A cell without an id gets a new one; a cell left out is deleted;
@@ -61,6 +62,15 @@ def main(verb, path, *rest):
         ok, secs = test_nb(path, do_print=True)
         print("ok" if ok else "FAILED", f"{secs:.1f} s")
         raise SystemExit(not ok)
+    if verb == "run":
+        from nbclient import NotebookClient
+        from nbdev.clean import clean_nb
+        from execnb.nbio import read_nb, write_nb
+        nb = nbformat.read(path, 4)
+        NotebookClient(nb, timeout=600, resources=dict(metadata=dict(path=str(path.parent)))).execute()
+        nbformat.write(nb, path)
+        cleaned = read_nb(path); clean_nb(cleaned, allowed_cell_metadata_keys={"tags"}); write_nb(cleaned, path)
+        return
     raise SystemExit(__doc__)
 
 if __name__ == "__main__": main(*sys.argv[1:]) if len(sys.argv) > 2 else sys.exit(__doc__)
