@@ -7,6 +7,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
+    from tmlab.core.compat import drop_stale_kernels
+    drop_stale_kernels()
     config.addinivalue_line("markers", "browser: opens pages in headless Chromium (skips where there is none)")
     config.addinivalue_line("markers", "real: reads real game files (skips where they are absent; set TMLAB_REAL_DATA)")
 
@@ -73,3 +75,15 @@ def screenshot(tmp_path):
     def take(page, name, **kw):
         if folder: page.screenshot(path=Path(folder) / f"{name}.png", **kw)
     return take
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Say in the full check (TMLAB_CI) that a skipped test is not a passed one."
+    skipped = terminalreporter.stats.get("skipped", [])
+    if os.environ.get("TMLAB_CI") and skipped: terminalreporter.write_line(f"the full check may skip nothing but a GPU; it skipped {len(skipped)}", red=True)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [r for r in reporter.stats.get("skipped", []) if "GPU" not in str(r.longrepr)]
+    if os.environ.get("TMLAB_CI") and skipped and exitstatus == 0: session.exitstatus = 1

@@ -18,7 +18,7 @@ LAYERS = dict(
 )
 ORDER = {f"{layer}.{room}".removeprefix("top."): (i, j) for i, (layer, rooms) in enumerate(LAYERS.items()) for j, room in enumerate(rooms.split())}
 HEAVY = {"torch", "torchvision", "lightly", "pytorch_lightning", "lightning"}  # seconds to import; only where networks live
-MAY_IMPORT_HEAVY = re.compile(r"(models|training)\.|core\.compat$")
+MAY_IMPORT_HEAVY = re.compile(r"(models|training)\.")
 
 
 def modules(repo):

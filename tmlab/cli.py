@@ -100,10 +100,11 @@ def card(argv):
     p = parser("card")
     p.add_argument("root")
     p.add_argument("--name", required=True, help="name of the data set")
+    p.add_argument("--how", help="the command or text that says how the data was made")
     p.add_argument("--out", default="data_cards", help="folder of the card")
     a = p.parse_args(argv)
     from tmlab.replays.card import write_card
-    print(write_card(a.root, a.name, Path(a.out) / f"{a.name}.md"))
+    print(write_card(a.root, a.name, Path(a.out) / f"{a.name}.md", how=a.how))
 
 # %% ../nbs/20_cli.ipynb #64b16617
 def configured(cls, argv, name):
@@ -213,12 +214,13 @@ def demo(argv):
 def lab(argv):
     "Open JupyterLab on the replay explorer."
     p = parser("lab")
-    p.add_argument("--data", help="dataset root to explore (default: maps/img, else the demo's)")
+    p.add_argument("--data", help="dataset root to explore; without it maps/img, else the demo's")
     a, rest = p.parse_known_args(argv)
-    data = a.data or next((d for d in ("maps/img", "demo/maps/img") if Path(d).is_dir()), "maps/img")
     explorer = Path(__file__).resolve().parent.parent / "nbs/explorers/10_player.ipynb"
-    os.execvpe(sys.executable, [sys.executable, "-m", "jupyterlab", str(explorer), f"--ServerApp.root_dir={explorer.parents[2]}", *rest],
-               os.environ | {"TMLAB_DATA": str(Path(data).resolve())})
+    if not explorer.exists(): raise ValueError(f"{explorer} is not there: the explorers come with a checkout of tmlab, not with an installed package")
+    if a.data and not Path(a.data).is_dir(): raise ValueError(f"{a.data}: no such folder")
+    options = [f"--ServerApp.root_dir={explorer.parents[2]}", *(["--allow-root"] if os.geteuid() == 0 else []), *rest]
+    os.execvpe(sys.executable, [sys.executable, "-m", "jupyterlab", str(explorer), *options], os.environ | ({"TMLAB_DATA": str(Path(a.data).resolve())} if a.data else {}))
 
 # %% ../nbs/20_cli.ipynb #9b662aca
 def main(argv=None):
@@ -235,11 +237,13 @@ def usage():
 
 def run_command(name, *argv):
     "Run one command; returns its exit status."
+    from tmlab.core.compat import drop_stale_kernels
     from tmlab.core.config import nearest
+    drop_stale_kernels()
     try:
         if name not in _commands: raise ValueError(f"unknown command '{name}'" + nearest(name, list(_commands)))
         return _commands[name](list(argv)) or 0
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         print(f"tmlab {name}: error: {e}", file=sys.stderr)
         if os.environ.get("TMLAB_DEBUG"): raise
         return 2

@@ -22,12 +22,13 @@ class Scale:
     decisions: int      # of each IQN training
     eval_every: int     # decisions between evaluations
     race: tuple         # the track both agents learn on
+    val_fraction: float = 0.2  # share of the tracks that the autoencoder never sees
     real: bool = True   # import the A01-Race replays where they are at hand
 
 SCALES = dict(
     smoke=Scale(tracks=(("flat", 1, 12), ("flat", 2, 12), ("hilly", 3, 15), ("hilly", 4, 15), ("technical", 5, 15), ("fast", 6, 15)), replays=4, epochs=12,
                 decisions=80_000, eval_every=8_000, race=("flat", 1, 12)),
-    tiny=Scale(tracks=(("flat", 1, 6), ("hilly", 3, 6)), replays=2, epochs=2, decisions=1_536, eval_every=768, race=("flat", 1, 6), real=False))
+    tiny=Scale(tracks=(("flat", 1, 6), ("hilly", 3, 6)), replays=2, epochs=2, decisions=1_536, eval_every=768, race=("flat", 1, 6), val_fraction=0.5, real=False))
 
 # %% ../nbs/30_demo.ipynb #86e0f77d
 def make_replays(root, scale):
@@ -45,10 +46,10 @@ def import_real(root, scale):
     import_replays(files, root / "real/img")
 
 def learn_encoder(root, scale):
-    "An autoencoder on all generated frames; every sixth track is kept for validation."
+    "An autoencoder on all generated frames; one track is kept for validation."
     from tmlab.training.pretrain import PretrainConfig, pretrain
     with pretrain(PretrainConfig(data_dir=str(root / "maps/img"), output_dir=str(root / "output/pretrain/vis"), run_name="ae", task="ae", epochs=scale.epochs,
-                                 batch_size=128, val_fraction=0.17 if scale.real else 0.5, preprocess_cache_dir=str(root / "cache/ae"))) as run: return run.dir
+                                 batch_size=128, val_fraction=scale.val_fraction, preprocess_cache_dir=str(root / "cache/ae"))) as run: return run.dir
 
 def inject_encoder(root, scale):
     "The encoder in a fresh IQN pair whose other weights are those that A_scratch starts from."
