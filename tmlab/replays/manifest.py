@@ -332,7 +332,8 @@ def check_replay(folder, decode=True):
         try: metadata = read_manifest(folder).metadata
         except ValueError as e: out.append(str(e))
     files = [r["file"] for r in rows if isinstance(r, dict) and isinstance(r.get("file"), str)] if isinstance(rows, list) else []
-    extra = sorted(p.name for p in folder.iterdir() if p.suffix in (".jpeg", ".jpg") and p.name not in set(files))
+    known = set(files)
+    extra = sorted(p.name for p in folder.iterdir() if p.suffix in (".jpeg", ".jpg") and p.name not in known)
     out += [f"{folder / name}: not in the manifest" for name in extra] + action_problems(folder, rows if not out else [])
     if metadata.get("total_frames") not in (None, len(files)):
         out.append(f"{folder / 'metadata.json'}: total_frames {metadata['total_frames']}, the manifest lists {len(files)}")
