@@ -63,7 +63,7 @@ def cli_source(cls, argv, prog=None):
     "pydantic-settings' command-line source for `cls`: `--kebab-case`, `--flag/--no-flag`; nested fields by bare name too."
     fields = field_paths(cls)
     leaf = {p: p.split(".")[-1] for p in fields if "." in p}
-    short = {p: name.replace("_", "-") for p, name in leaf.items() if name not in fields and list(leaf.values()).count(name) == 1}
+    short = {p.replace("_", "-"): name.replace("_", "-") for p, name in leaf.items() if name not in fields and list(leaf.values()).count(name) == 1}
     known = {f"--{p.replace('_', '-')}" for p in fields} | {f"--{n}" for n in short.values()}
     for arg in argv:
         if not arg.startswith("--") or arg == "--help": continue

@@ -1,0 +1,115 @@
+"Training that is killed, resumed, given bad input; the buffer against its definition."
+import os, signal, subprocess, sys, time
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tmlab.core.runs import read_json
+from tmlab.evidence.events import read_events
+from tmlab.evidence.kpi import compare, load_runs
+from tmlab.training.buffer import ReplayBuffer, draw_starts, sample, window_length
+from tmlab.training.iqn import LINESIGHT, RunLog, TrainConfig, evaluate, read_checkpoint, resolve_precision, train_iqn
+from tmlab.training.weights import export_linesight, load_linesight
+
+TINY = dict(tracks=["flat:1:5"], iqn_embedding_dimension=8, num_envs=8, batch_size=32, total_decisions=1600, start_learning=200, buffer_size=1000, eval_every=800,
+            eval_episodes=2, eval_quantiles=2, log_every=80, save_every=160, schedule_speed=500, precision="fp32", threads=1)
+CHILD = "import sys; from tmlab.training.iqn import *; train_iqn(TrainConfig(output_dir=sys.argv[1], run_name='r', **eval(sys.argv[2])))"
+
+def logged(folder):
+    "The record without measured times."
+    rows = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")
+    return rows[~rows.tag.str.contains("_per_s|active_seconds")][["decisions", "gradient_steps", "tag", "value"]].reset_index(drop=True)
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return train_iqn(TrainConfig(**TINY, output_dir=tmp_path_factory.mktemp("whole"), run_name="r"))
+
+def test_killed_twice_and_resumed(whole, tmp_path):
+    "SIGKILL soon after the first and a later checkpoint; the third start finishes with the bytes of the run that was left alone."
+    for checkpoints in (1, 3):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path), repr(TINY)], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        seen, last = 0, None
+        while seen < checkpoints and child.poll() is None:
+            stat = (tmp_path / "r/checkpoint.pt").stat().st_mtime_ns if (tmp_path / "r/checkpoint.pt").exists() else None
+            seen, last = seen + (stat != last), stat
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL); child.wait()
+        assert read_json(tmp_path / "r/run.json")["status"] == "running" and child.returncode == -signal.SIGKILL
+    run = train_iqn(TrainConfig(**TINY, output_dir=tmp_path, run_name="r"))
+    pd.testing.assert_frame_equal(logged(whole.dir), logged(run.dir), check_exact=True)
+    for name in ("weights1.torch", "weights2.torch", "evaluation.csv"): assert (whole.dir / name).read_bytes() == (run.dir / name).read_bytes(), name
+    steps = read_events(run.dir / "tensorboard").query("tag == 'Training/loss'").step
+    assert steps.is_unique and steps.is_monotonic_increasing and not list(run.dir.glob(".tmp-*"))
+
+def test_result_and_evaluation(whole):
+    assert whole.finished and whole.result["decisions"] == 1600 and whole.result["gradient_steps"] > 0
+    again = evaluate(whole.dir, TINY["tracks"], 2, TrainConfig().eval_seed, quantiles=2, precision="fp32")
+    pd.testing.assert_frame_equal(again, pd.read_csv(whole.dir / "evaluation.csv", float_precision="round_trip"))
+    other = evaluate(whole.dir, TINY["tracks"], 2, 5, quantiles=2, precision="fp32")
+    assert not np.array_equal(other.metres, again.metres)
+    assert "buffer" not in read_checkpoint(whole.dir)
+
+def test_compare_reads_the_run(whole):
+    tables = compare([whole.dir], interval_min=None, step_interval=400, gradient_interval=None)
+    t = tables["Race/eval_race_time_trained_flat-1-5s-v1 by environment steps"]
+    assert list(t.r_n) == [2, 4, 4, 6] and load_runs([whole.dir])["r"].attrs["clock"] == "active training time"
+    assert "Training/loss by gradient steps" in tables and "Race/eval_metres_trained_flat-1-5s-v1 by minutes" in tables
+
+def test_other_settings_are_refused(whole):
+    with pytest.raises(ValueError, match="seed: 0 -> 1"): train_iqn(TrainConfig(**TINY, output_dir=whole.dir.parent, run_name="r", seed=1))
+
+def test_starts_from_weights_exactly_or_not_at_all(whole, tmp_path):
+    "The first evaluation of a run begun from weights is theirs; weights of another shape, or only one of the two files, are refused before a folder is made."
+    kw = TINY | dict(total_decisions=80, init_dir=whole.dir)
+    run = train_iqn(TrainConfig(**kw, output_dir=tmp_path, run_name="r"))
+    first = logged(run.dir).query("decisions == 0 and tag == 'Race/eval_metres_trained_flat-1-5s-v1'").value
+    assert list(first) == [whole.result["metres"]]
+    with pytest.raises(ValueError, match="image_size|shape|features|expected"): train_iqn(TrainConfig(**kw | dict(image_size=84), output_dir=tmp_path, run_name="s"))
+    (tmp_path / "one").mkdir(); (tmp_path / "one/weights1.torch").write_bytes((whole.dir / "weights1.torch").read_bytes())
+    with pytest.raises(ValueError, match="weights2.torch does not exist|weights2.torch"): train_iqn(TrainConfig(**kw | dict(init_dir=tmp_path / "one"), output_dir=tmp_path, run_name="s"))
+    assert not (tmp_path / "s").exists()
+
+@pytest.mark.parametrize("inputs", ["pixels", "floats"])
+def test_unseen_inputs_do_not_matter(inputs):
+    from tmlab.training.iqn import mask_inputs, quantile_values
+    from tmlab.models.iqn import IQN, draw_tau
+    torch.manual_seed(0)
+    net, tau, g = IQN(iqn_embedding_dimension=8), draw_tau(3, 4), torch.Generator().manual_seed(0)
+    image, floats = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8, generator=g), torch.randn(3, 184, generator=g)
+    value = lambda i, f: quantile_values(net, *mask_inputs(i, f, inputs), tau).detach()
+    changed = floats.clone(); changed[:, 62:183] += 1
+    assert torch.equal(value(image, floats), value(255 - image, floats)) == (inputs == "floats")
+    assert torch.equal(value(image, floats), value(image, changed)) == (inputs == "pixels")
+
+@pytest.mark.parametrize("seed", range(5))
+def test_windows_never_cross_a_race(seed):
+    "Random flags: a window holds no end of a race but as its last step, and no exploratory action but as its first."
+    g = torch.Generator().manual_seed(seed)
+    term, trunc, greedy = (torch.rand(400, 4, generator=g) < p for p in (0.15, 0.15, 0.8))
+    length, finished = window_length(term, trunc, greedy)
+    for i in range(400):
+        n = length[i].item()
+        assert not term[i, :max(n - 1, 0)].any() and finished[i] == (n > 0 and term[i, n - 1])
+        assert not (trunc & ~term)[i, :n].any() and greedy[i, 1:n].all()
+        if n < 4 and not finished[i]: assert trunc[i, n] or not greedy[i, n]
+
+def test_buffer_too_short():
+    with pytest.raises(ValueError, match="no window of 3"): sample(ReplayBuffer(10, 2, (1, 8, 8), 4), 4)
+
+def test_starts_cover_the_ring():
+    b = ReplayBuffer(20, 2, (1, 8, 8), 4)
+    for _ in range(33): b.add(image=0, floats=0, action=0, reward=0.0, terminated=False, truncated=False, greedy=True, expert=False)
+    row, car = draw_starts(b, 5000, 3, torch.Generator().manual_seed(0))
+    assert set(row.tolist()) == set(range(13, 30)) and set(car.tolist()) == {0, 1}
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="checkpoint.pt: not a checkpoint"): read_checkpoint(tmp_path)
+
+def test_record_shorter_than_checkpoint(tmp_path):
+    RunLog(tmp_path).close()
+    with pytest.raises(ValueError, match="delete"): RunLog(tmp_path, rows=3)
+
+def test_published_settings_are_accepted():
+    cfg = TrainConfig(**LINESIGHT)
+    assert cfg.batch_size == 512 and resolve_precision("fp32") == "fp32"
