@@ -130,3 +130,10 @@ def test_settings_that_keep_notebooks_sound(repo):
     assert s["allowed_cell_metadata_keys"].split() == ["tags"]  # otherwise nbdev_clean strips papermill's `parameters` tag
     assert s["update_pyproject"] == "False" and s["recursive"] == "True" and s["clear_all"] == "False" and not (repo / "pyproject.toml").exists()
     assert s["nbs_path"] == "nbs" and s["lib_path"] == "tmlab" and "tmlab=tmlab.cli:main" in s["console_scripts"]
+
+
+def test_no_exported_code_uses_a_name_it_does_not_have(repo):
+    "A name imported in a cell that is not exported works in the notebook and fails in the module."
+    found = subprocess.run([sys.executable, "-m", "pyflakes", str(repo / "tmlab")], capture_output=True, text=True).stdout
+    assert "usage" not in found
+    assert not [line for line in found.splitlines() if "undefined name" in line]

@@ -7,7 +7,7 @@ import torch
 from tmlab.core.runs import read_json
 from tmlab.evidence.events import read_events
 from tmlab.evidence.kpi import compare, load_runs
-from tmlab.training.buffer import ReplayBuffer, draw_starts, sample, window_length
+from tmlab.training.buffer import ReplayBuffer, draw_starts, ends, sample, window_length
 from tmlab.training.iqn import LINESIGHT, RunLog, TrainConfig, evaluate, read_checkpoint, resolve_precision, train_iqn
 from tmlab.training.weights import export_linesight, load_linesight
 
@@ -17,7 +17,7 @@ CHILD = "import sys; from tmlab.training.iqn import *; train_iqn(TrainConfig(out
 
 def logged(folder):
     "The record without measured times."
-    rows = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")
+    rows = pd.read_csv(folder / "metrics.csv")
     return rows[~rows.tag.str.contains("_per_s|active_seconds")][["decisions", "gradient_steps", "tag", "value"]].reset_index(drop=True)
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_killed_twice_and_resumed(whole, tmp_path):
 def test_result_and_evaluation(whole):
     assert whole.finished and whole.result["decisions"] == 1600 and whole.result["gradient_steps"] > 0
     again = evaluate(whole.dir, TINY["tracks"], 2, TrainConfig().eval_seed, quantiles=2, precision="fp32")
-    pd.testing.assert_frame_equal(again, pd.read_csv(whole.dir / "evaluation.csv", float_precision="round_trip"))
+    pd.testing.assert_frame_equal(again, pd.read_csv(whole.dir / "evaluation.csv"))
     other = evaluate(whole.dir, TINY["tracks"], 2, 5, quantiles=2, precision="fp32")
     assert not np.array_equal(other.metres, again.metres)
     assert "buffer" not in read_checkpoint(whole.dir)
@@ -66,7 +66,7 @@ def test_starts_from_weights_exactly_or_not_at_all(whole, tmp_path):
     assert list(first) == [whole.result["metres"]]
     with pytest.raises(ValueError, match="image_size|shape|features|expected"): train_iqn(TrainConfig(**kw | dict(image_size=84), output_dir=tmp_path, run_name="s"))
     (tmp_path / "one").mkdir(); (tmp_path / "one/weights1.torch").write_bytes((whole.dir / "weights1.torch").read_bytes())
-    with pytest.raises(ValueError, match="weights2.torch does not exist|weights2.torch"): train_iqn(TrainConfig(**kw | dict(init_dir=tmp_path / "one"), output_dir=tmp_path, run_name="s"))
+    with pytest.raises(ValueError, match="weights2.torch"): train_iqn(TrainConfig(**kw | dict(init_dir=tmp_path / "one"), output_dir=tmp_path, run_name="s"))
     assert not (tmp_path / "s").exists()
 
 @pytest.mark.parametrize("inputs", ["pixels", "floats"])
@@ -83,23 +83,32 @@ def test_unseen_inputs_do_not_matter(inputs):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_windows_never_cross_a_race(seed):
-    "Random flags: a window holds no end of a race but as its last step, and no exploratory action but as its first."
+    "Random flags: a window holds the end of a race only as its last step, never a cut, and an exploratory action only as its first."
     g = torch.Generator().manual_seed(seed)
-    term, trunc, greedy = (torch.rand(400, 4, generator=g) < p for p in (0.15, 0.15, 0.8))
-    length, finished = window_length(term, trunc, greedy)
+    over, cut, greedy = (torch.rand(400, 4, generator=g) < p for p in (0.15, 0.15, 0.8))
+    length, ended = window_length(over, cut, greedy)
     for i in range(400):
         n = length[i].item()
-        assert not term[i, :max(n - 1, 0)].any() and finished[i] == (n > 0 and term[i, n - 1])
-        assert not (trunc & ~term)[i, :n].any() and greedy[i, 1:n].all()
-        if n < 4 and not finished[i]: assert trunc[i, n] or not greedy[i, n]
+        assert not over[i, :max(n - 1, 0)].any() and ended[i] == (n > 0 and over[i, n - 1])
+        assert not (cut & ~over)[i, :n].any() and greedy[i, 1:n].all()
+        if n < 4 and not ended[i]: assert cut[i, n] or not greedy[i, n]
+
+def test_a_failed_car_stands_until_the_mini_race_ends():
+    "From the failing step on, −0.06 per decision to the horizon, whatever the time in the mini-race; with standing=None that row is no start at all."
+    b = ReplayBuffer(10, 1, (1, 8, 8), 4)
+    for t in range(10): b.add(image=0, floats=0, action=0, reward=-0.05, terminated=False, truncated=t == 5, failed=t == 5, greedy=True, expert=False)
+    batch, row = sample(b, 300, 1, 1.0, generator=torch.Generator().manual_seed(0)), draw_starts(ends(b, -0.06)[1], 10, 300, 1, torch.Generator().manual_seed(0))[0]
+    at = row == 5
+    assert at.any() and (batch.discount[at] == 0).all() and torch.allclose(batch.reward[at], -0.05 - 0.06 * (139 - batch.floats[at, 0]))
+    assert torch.allclose(batch.reward[~at], torch.tensor(-0.05)) and 5 not in draw_starts(ends(b, None)[1], 10, 300, 1)[0]
 
 def test_buffer_too_short():
     with pytest.raises(ValueError, match="no window of 3"): sample(ReplayBuffer(10, 2, (1, 8, 8), 4), 4)
 
 def test_starts_cover_the_ring():
     b = ReplayBuffer(20, 2, (1, 8, 8), 4)
-    for _ in range(33): b.add(image=0, floats=0, action=0, reward=0.0, terminated=False, truncated=False, greedy=True, expert=False)
-    row, car = draw_starts(b, 5000, 3, torch.Generator().manual_seed(0))
+    for _ in range(33): b.add(image=0, floats=0, action=0, reward=0.0, terminated=False, truncated=False, failed=False, greedy=True, expert=False)
+    row, car = draw_starts(ends(b, None)[1], b.total, 5000, 3, torch.Generator().manual_seed(0))
     assert set(row.tolist()) == set(range(13, 30)) and set(car.tolist()) == {0, 1}
 
 def test_damaged_checkpoint_is_named(tmp_path):

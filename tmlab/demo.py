@@ -19,16 +19,15 @@ class Scale:
     tracks: tuple       # (family, seed, seconds) each
     replays: int        # per track
     epochs: int         # of the autoencoder
-    decisions: int      # of each IQN training
-    eval_every: int     # decisions between evaluations
+    train: dict         # settings of both IQN trainings
     race: tuple         # the track both agents learn on
     val_fraction: float = 0.2  # share of the tracks that the autoencoder never sees
     real: bool = True   # import the A01-Race replays where they are at hand
 
 SCALES = dict(
-    smoke=Scale(tracks=(("flat", 1, 12), ("flat", 2, 12), ("hilly", 3, 15), ("hilly", 4, 15), ("technical", 5, 15), ("fast", 6, 15)), replays=4, epochs=12,
-                decisions=80_000, eval_every=8_000, race=("flat", 1, 12)),
-    tiny=Scale(tracks=(("flat", 1, 6), ("hilly", 3, 6)), replays=2, epochs=2, decisions=1_536, eval_every=768, race=("flat", 1, 6), val_fraction=0.5, real=False))
+    smoke=Scale(tracks=(("flat", 1, 12), ("flat", 2, 12), ("hilly", 3, 15), ("hilly", 4, 15), ("technical", 5, 15), ("fast", 6, 15)), replays=4, epochs=8,
+                train=dict(total_decisions=60_000, eval_every=6_000, eval_episodes=16), race=("flat", 1, 12)),
+    tiny=Scale(tracks=(("flat", 1, 6), ("hilly", 3, 6)), replays=2, epochs=2, train=dict(total_decisions=1_536, start_learning=512, eval_every=768, eval_episodes=4, save_every=512, batch_size=64), race=("flat", 1, 6), val_fraction=0.5, real=False))
 
 # %% ../nbs/30_demo.ipynb #86e0f77d
 def make_replays(root, scale):
@@ -63,7 +62,7 @@ def train_agent(name):
         kind, seed, seconds = scale.race
         init = str(root / "output/pretrain/vis/ae") if name == "B1_ae" else None
         with train_iqn(TrainConfig(tracks=[f"{kind}:{seed}:{seconds}"], output_dir=str(root / "output/train"), run_name=name, seed=0, init_dir=init,
-                                   total_decisions=scale.decisions, eval_every=scale.eval_every)) as run: return run.dir
+                                   **scale.train)) as run: return run.dir
     return stage
 
 # %% ../nbs/30_demo.ipynb #d19f5175

@@ -10,7 +10,7 @@ __all__ = ['Schedule', 'LINESIGHT', 'BARE', 'parse_schedule', 'schedule', 'check
            'fresh_recent', 'recent_values', 'evaluation_values', 'evaluate_now', 'identity', 'save_checkpoint',
            'read_checkpoint', 'train_iqn', 'train_in', 'show_progress', 'finish']
 
-# %% ../../nbs/training/70_iqn.ipynb #002b1b9f
+# %% ../../nbs/training/70_iqn.ipynb #d75339c8
 import copy, csv, hashlib, math, os, time
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -31,7 +31,7 @@ from .buffer import ReplayBuffer, sample
 from .weights import export_linesight, load_linesight
 from ..world.env import REWARD_PER_MS, TIME_LIMIT, RaceVectorEnv
 
-# %% ../../nbs/training/70_iqn.ipynb #ebd326ea
+# %% ../../nbs/training/70_iqn.ipynb #58cdb2a2
 def parse_schedule(text):
     "`([decisions…], [values…])` of `decisions:value` points; ValueError for anything else."
     try: x, y = zip(*(map(float, p.split(":")) for p in text.replace(",", " ").split()))
@@ -53,7 +53,7 @@ def checked_schedule(text):
 
 Schedule = Annotated[str, AfterValidator(checked_schedule)]
 
-# %% ../../nbs/training/70_iqn.ipynb #b42e6622
+# %% ../../nbs/training/70_iqn.ipynb #7b40220c
 def two_sizes(x):
     "(height, width) of a number, a pair, or text such as 64 and 120x160."
     if isinstance(x, str): x = x.replace("x", " ").replace(",", " ").split()
@@ -75,23 +75,23 @@ class TrainConfig(Config):
     iqn_embedding_dimension: int = 128
     start: Literal["random", "anywhere"] = "random"   # training starts at the line (differing offset, heading, speed), or anywhere on the road
     num_envs: int = Field(64, ge=1)                   # cars
-    total_decisions: int = Field(60_000, ge=1)        # budget: decisions of 50 ms, all cars together
+    total_decisions: int = Field(48_000, ge=1)        # budget: decisions of 50 ms, all cars together
     max_minutes: Optional[float] = Field(None, gt=0)  # stop earlier by active time; such a run is not reproducible
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(64, ge=1)
     reuse: float = Field(4, gt=0)                     # how often a decision is learned from, on average
-    buffer_size: int = Field(100_000, ge=1)           # decisions kept
+    buffer_size: int = Field(60_000, ge=1)           # decisions kept
     start_learning: int = Field(2_000, ge=1)          # decisions before the first gradient step
-    n_step: int = Field(3, ge=1)
+    n_step: int = Field(10, ge=1)
     horizon: int = Field(140, ge=1)                   # decisions of a mini-race (7 s)
-    discard_non_greedy: bool = True                   # an exploratory action ends an n-step window
+    discard_non_greedy: bool = False                  # an exploratory action ends an n-step window
     failure: Literal["stand", "bootstrap"] = "stand"  # value after leaving the road or 2 s without progress: of standing there, or of the last state (upstream)
     ddqn: bool = False
     quantiles: int = Field(8, ge=2, multiple_of=2)
     eval_quantiles: int = Field(32, ge=2, multiple_of=2)
     kappa: float = Field(5e-3, gt=0)
-    polyak_tau: float = Field(0.02, gt=0, le=1)
+    polyak_tau: float = Field(0.05, gt=0, le=1)
     target_every: int = Field(256, ge=1)              # memories learned from between two target updates
-    schedule_speed: float = Field(20, gt=0)
+    schedule_speed: float = Field(30, gt=0)
     gamma: Schedule = "0:0.999 1500000:0.999 2500000:1"    # linear between points
     learning_rate: Schedule = "0:1e-3 3000000:5e-5 12000000:5e-5 15000000:1e-5"  # exponential between points, as the next two
     epsilon: Schedule = "0:1 50000:1 300000:0.1 3000000:0.03"
@@ -102,7 +102,7 @@ class TrainConfig(Config):
     clip_norm: float = 30.0
     clip_value: float = 1000.0
     distance_shaping: float = -0.1                    # potential per metre (2 … 25) to the reference line's next point
-    eval_every: int = Field(15_000, ge=1)             # decisions
+    eval_every: int = Field(12_000, ge=1)             # decisions
     eval_episodes: int = Field(16, ge=1)              # per track
     eval_seed: int = 1_000_003                        # the same episodes for every run
     log_every: int = Field(2_000, ge=1)               # decisions
@@ -112,9 +112,10 @@ class TrainConfig(Config):
     device: str = "cpu"
 
 LINESIGHT = dict(image_size=(120, 160), iqn_embedding_dimension=64, batch_size=512, reuse=32, buffer_size=50_000, start_learning=20_000,
-                 target_every=2048, schedule_speed=1, failure="bootstrap")
+                 n_step=3, discard_non_greedy=True,
+                 polyak_tau=0.02, target_every=2048, schedule_speed=1, failure="bootstrap")
 
-# %% ../../nbs/training/70_iqn.ipynb #aa6180d9
+# %% ../../nbs/training/70_iqn.ipynb #929736fa
 def resolve_tracks(specs):
     "`Track` objects of track folders and of generator specs `family:seed:seconds`."
     return [t if isinstance(t, Track) else resolve_track(str(t)) for t in specs]
@@ -128,7 +129,7 @@ def resolve_track(spec):
         except ValueError as e: raise ValueError(f"track '{spec}': {e}") from None
     raise ValueError(f"track '{spec}': neither a folder with a track nor family:seed:seconds (families: {', '.join(sorted(FAMILIES))})")
 
-# %% ../../nbs/training/70_iqn.ipynb #6601b359
+# %% ../../nbs/training/70_iqn.ipynb #e2be481e
 def hidden_floats(inputs):
     "Indices of the floats that a policy with these `inputs` does not see."
     return np.setdiff1d(np.arange(184), PIXEL_FLOATS) if inputs == "pixels" else np.arange(0)
@@ -140,7 +141,7 @@ def mask_inputs(image, floats, inputs):
     hidden = torch.as_tensor(hidden_floats(inputs), device=floats.device)
     return image, floats.index_copy(1, hidden, torch.as_tensor(FLOAT_MEAN, device=floats.device)[hidden].expand(len(floats), -1))
 
-# %% ../../nbs/training/70_iqn.ipynb #5fe23e82
+# %% ../../nbs/training/70_iqn.ipynb #a0f73df9
 def quantile_values(net, image, floats, tau, bf16=False):
     "Q (K, B, 12) float32 of an `IQN` for uint8 images (B or 1, 1, H, W), floats (B, 184) and tau (K·B, 1); the last layers in float32."
     B, K = len(floats), len(tau) // len(floats)
@@ -160,7 +161,7 @@ def resolve_precision(precision, device="cpu"):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
 
-# %% ../../nbs/training/70_iqn.ipynb #0e0598b1
+# %% ../../nbs/training/70_iqn.ipynb #ad2f7caa
 def explore(q, epsilon, epsilon_boltzmann, tau_boltzmann, generator):
     "`(action, greedy)` for mean values q (n, 12): random with probability ε, else the best of q + τ·noise with ε_boltzmann, else the best."
     u, noise = torch.rand(len(q), generator=generator), torch.randn(q.shape, generator=generator)
@@ -168,7 +169,7 @@ def explore(q, epsilon, epsilon_boltzmann, tau_boltzmann, generator):
     action = torch.where(u < epsilon, random, torch.where(u < epsilon + (1 - epsilon) * epsilon_boltzmann, nearby, best))
     return action, action == best
 
-# %% ../../nbs/training/70_iqn.ipynb #54f6e8b1
+# %% ../../nbs/training/70_iqn.ipynb #bb664c12
 def quantile_huber(pred, target, tau, kappa):
     "Loss (B,) of predicted quantiles pred (K, B) at tau (K, B) against target samples (J, B)."
     error = target[:, None] - pred[None]  # (J, K, B)
@@ -176,7 +177,7 @@ def quantile_huber(pred, target, tau, kappa):
     huber = torch.where(size < kappa, 0.5 * error ** 2 / kappa, size - 0.5 * kappa)
     return (torch.where(error < 0, 1 - tau, tau) * huber).sum(1).mean(0)
 
-# %% ../../nbs/training/70_iqn.ipynb #ac0e00a0
+# %% ../../nbs/training/70_iqn.ipynb #0697f777
 class RAdam(torch.optim.Adam):
     "`torch.optim.RAdam` by way of the fused Adam. The parameters of one group must start to move at the same step."
     def __init__(self, groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8): super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -201,7 +202,7 @@ def rectification(t, b2):
     rho = end - 2 * t * b2 ** t / (1 - b2 ** t)
     return math.sqrt((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)) if rho > 5 else None
 
-# %% ../../nbs/training/70_iqn.ipynb #d820b506
+# %% ../../nbs/training/70_iqn.ipynb #047f8261
 def potential(floats, per_metre):
     "Shaping potential (B,): `per_metre` times the distance (2 … 25 m) to the reference line's point at the car (floats 62–64)."
     return per_metre * floats[:, 62:65].norm(dim=1).clamp(2, 25)
@@ -292,7 +293,7 @@ def initial_networks(cfg):
     for model in (net, target): model.to(cfg.device).img_head.to(memory_format=torch.channels_last)  # half the time of the convolutions
     return net, target.requires_grad_(False)
 
-# %% ../../nbs/training/70_iqn.ipynb #b178f03c
+# %% ../../nbs/training/70_iqn.ipynb #a3590cf2
 def rollout(net, tracks, episodes, seed, inputs="all", quantiles=32, bf16=False, threads=None):
     """One greedy episode per car, `episodes` per track: DataFrame track, episode, finished, time_s (NaN when not finished), metres, driven_s, mean_q.
 
@@ -345,7 +346,7 @@ def summary(episodes):
     return dict(n=len(episodes), finish_rate=float(episodes.finished.mean()), best_s=float(done.min()) if len(done) else None,
                 mean_s=float(done.mean()) if len(done) else None, metres=float(episodes.metres.mean()))
 
-# %% ../../nbs/training/70_iqn.ipynb #973fc0da
+# %% ../../nbs/training/70_iqn.ipynb #96d80d3e
 class RunLog:
     "`metrics.csv` and `tensorboard/` of a run directory; `rows` of the record are kept when it is opened."
     COLUMNS = ("wall_time", "decisions", "gradient_steps", "active_seconds", "tag", "value")
@@ -378,7 +379,7 @@ class RunLog:
 
 BARE = {"Buffer/size": "memory_size", "Gradients/norm_median": "grad_norm_history_median", "Performance/gradient_steps": "cumul_number_batches_done"}
 
-# %% ../../nbs/training/70_iqn.ipynb #52a82782
+# %% ../../nbs/training/70_iqn.ipynb #f34d0d87
 class Trainer:
     "The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and learns what is owed."
     def __init__(self, cfg, tracks):
@@ -435,7 +436,7 @@ class Trainer:
 
 def fresh_recent(): return dict(loss=[], norm=[], q=[], races=[], since=(0, 0, 0.0))
 
-# %% ../../nbs/training/70_iqn.ipynb #8b946784
+# %% ../../nbs/training/70_iqn.ipynb #762439fd
 def recent_values(trainer):
     "`(tag, value)` pairs of what happened since the last call; clears them."
     r, (d0, g0, s0), (d, g, s) = trainer.recent, trainer.recent["since"], trainer.at()
@@ -465,7 +466,7 @@ def evaluate_now(trainer):
     cfg = trainer.cfg
     return rollout(trainer.learner.net, trainer.tracks, cfg.eval_episodes, cfg.eval_seed, cfg.inputs, cfg.eval_quantiles, trainer.bf16, cfg.threads)
 
-# %% ../../nbs/training/70_iqn.ipynb #10f9f640
+# %% ../../nbs/training/70_iqn.ipynb #a28b0c0d
 def identity(cfg, tracks):
     "What decides the result of a run, as a dict: settings without those of place and speed, the tracks' content, the initial weights' content, the precision."
     keep = cfg.model_dump(mode="json", exclude={"output_dir", "run_name", "threads", "save_every", "init_dir"})

@@ -30,7 +30,7 @@ from ..replays.cache import build_cache, open_cache
 from ..replays.frames import FrameWindows
 from ..replays.split import split_tracks
 from ..replays.store import ReplayStore
-from .artifacts import load_torch, save_torch, write_artifact, write_metrics
+from .artifacts import load_torch, read_artifact, save_torch, write_artifact, write_metrics
 
 # %% ../../nbs/training/30_pretrain.ipynb #ae1091a3
 class LightningOptions(Group):
