@@ -4,7 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-export OMP_WAIT_POLICY ?= passive  # threads that spin while they wait slow a busy machine down several times
+# threads that spin while they wait slow a busy machine down several times
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test notebooks pytest lab clean
 demo: .venv/ready
