@@ -10,7 +10,7 @@ __all__ = ['Schedule', 'LINESIGHT', 'BARE', 'parse_schedule', 'schedule', 'check
            'fresh_recent', 'recent_values', 'evaluation_values', 'evaluate_now', 'identity', 'save_checkpoint',
            'read_checkpoint', 'train_iqn', 'train_in', 'show_progress', 'finish']
 
-# %% ../../nbs/training/70_iqn.ipynb #d75339c8
+# %% ../../nbs/training/70_iqn.ipynb #f5c9357f
 import copy, csv, hashlib, math, os, time
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -31,7 +31,7 @@ from .buffer import ReplayBuffer, sample
 from .weights import export_linesight, load_linesight
 from ..world.env import REWARD_PER_MS, TIME_LIMIT, RaceVectorEnv
 
-# %% ../../nbs/training/70_iqn.ipynb #58cdb2a2
+# %% ../../nbs/training/70_iqn.ipynb #0db9b2b5
 def parse_schedule(text):
     "`([decisions…], [values…])` of `decisions:value` points; ValueError for anything else."
     try: x, y = zip(*(map(float, p.split(":")) for p in text.replace(",", " ").split()))
@@ -53,7 +53,7 @@ def checked_schedule(text):
 
 Schedule = Annotated[str, AfterValidator(checked_schedule)]
 
-# %% ../../nbs/training/70_iqn.ipynb #7b40220c
+# %% ../../nbs/training/70_iqn.ipynb #49a9c4a7
 def two_sizes(x):
     "(height, width) of a number, a pair, or text such as 64 and 120x160."
     if isinstance(x, str): x = x.replace("x", " ").replace(",", " ").split()
@@ -115,7 +115,7 @@ LINESIGHT = dict(image_size=(120, 160), iqn_embedding_dimension=64, batch_size=5
                  n_step=3, discard_non_greedy=True,
                  polyak_tau=0.02, target_every=2048, schedule_speed=1, failure="bootstrap")
 
-# %% ../../nbs/training/70_iqn.ipynb #929736fa
+# %% ../../nbs/training/70_iqn.ipynb #f6ee63ff
 def resolve_tracks(specs):
     "`Track` objects of track folders and of generator specs `family:seed:seconds`."
     return [t if isinstance(t, Track) else resolve_track(str(t)) for t in specs]
@@ -129,7 +129,7 @@ def resolve_track(spec):
         except ValueError as e: raise ValueError(f"track '{spec}': {e}") from None
     raise ValueError(f"track '{spec}': neither a folder with a track nor family:seed:seconds (families: {', '.join(sorted(FAMILIES))})")
 
-# %% ../../nbs/training/70_iqn.ipynb #e2be481e
+# %% ../../nbs/training/70_iqn.ipynb #d8fde3d6
 def hidden_floats(inputs):
     "Indices of the floats that a policy with these `inputs` does not see."
     return np.setdiff1d(np.arange(184), PIXEL_FLOATS) if inputs == "pixels" else np.arange(0)
@@ -141,7 +141,7 @@ def mask_inputs(image, floats, inputs):
     hidden = torch.as_tensor(hidden_floats(inputs), device=floats.device)
     return image, floats.index_copy(1, hidden, torch.as_tensor(FLOAT_MEAN, device=floats.device)[hidden].expand(len(floats), -1))
 
-# %% ../../nbs/training/70_iqn.ipynb #a0f73df9
+# %% ../../nbs/training/70_iqn.ipynb #e9e2fd50
 def quantile_values(net, image, floats, tau, bf16=False):
     "Q (K, B, 12) float32 of an `IQN` for uint8 images (B or 1, 1, H, W), floats (B, 184) and tau (K·B, 1); the last layers in float32."
     B, K = len(floats), len(tau) // len(floats)
@@ -161,7 +161,7 @@ def resolve_precision(precision, device="cpu"):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
 
-# %% ../../nbs/training/70_iqn.ipynb #ad2f7caa
+# %% ../../nbs/training/70_iqn.ipynb #04972523
 def explore(q, epsilon, epsilon_boltzmann, tau_boltzmann, generator):
     "`(action, greedy)` for mean values q (n, 12): random with probability ε, else the best of q + τ·noise with ε_boltzmann, else the best."
     u, noise = torch.rand(len(q), generator=generator), torch.randn(q.shape, generator=generator)
@@ -169,7 +169,7 @@ def explore(q, epsilon, epsilon_boltzmann, tau_boltzmann, generator):
     action = torch.where(u < epsilon, random, torch.where(u < epsilon + (1 - epsilon) * epsilon_boltzmann, nearby, best))
     return action, action == best
 
-# %% ../../nbs/training/70_iqn.ipynb #bb664c12
+# %% ../../nbs/training/70_iqn.ipynb #50d418db
 def quantile_huber(pred, target, tau, kappa):
     "Loss (B,) of predicted quantiles pred (K, B) at tau (K, B) against target samples (J, B)."
     error = target[:, None] - pred[None]  # (J, K, B)
@@ -177,7 +177,7 @@ def quantile_huber(pred, target, tau, kappa):
     huber = torch.where(size < kappa, 0.5 * error ** 2 / kappa, size - 0.5 * kappa)
     return (torch.where(error < 0, 1 - tau, tau) * huber).sum(1).mean(0)
 
-# %% ../../nbs/training/70_iqn.ipynb #0697f777
+# %% ../../nbs/training/70_iqn.ipynb #0f685cc2
 class RAdam(torch.optim.Adam):
     "`torch.optim.RAdam` by way of the fused Adam. The parameters of one group must start to move at the same step."
     def __init__(self, groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8): super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -202,7 +202,7 @@ def rectification(t, b2):
     rho = end - 2 * t * b2 ** t / (1 - b2 ** t)
     return math.sqrt((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho)) if rho > 5 else None
 
-# %% ../../nbs/training/70_iqn.ipynb #047f8261
+# %% ../../nbs/training/70_iqn.ipynb #624b7842
 def potential(floats, per_metre):
     "Shaping potential (B,): `per_metre` times the distance (2 … 25 m) to the reference line's point at the car (floats 62–64)."
     return per_metre * floats[:, 62:65].norm(dim=1).clamp(2, 25)
@@ -293,7 +293,7 @@ def initial_networks(cfg):
     for model in (net, target): model.to(cfg.device).img_head.to(memory_format=torch.channels_last)  # half the time of the convolutions
     return net, target.requires_grad_(False)
 
-# %% ../../nbs/training/70_iqn.ipynb #a3590cf2
+# %% ../../nbs/training/70_iqn.ipynb #de2c6d23
 def rollout(net, tracks, episodes, seed, inputs="all", quantiles=32, bf16=False, threads=None):
     """One greedy episode per car, `episodes` per track: DataFrame track, episode, finished, time_s (NaN when not finished), metres, driven_s, mean_q.
 
@@ -346,7 +346,7 @@ def summary(episodes):
     return dict(n=len(episodes), finish_rate=float(episodes.finished.mean()), best_s=float(done.min()) if len(done) else None,
                 mean_s=float(done.mean()) if len(done) else None, metres=float(episodes.metres.mean()))
 
-# %% ../../nbs/training/70_iqn.ipynb #96d80d3e
+# %% ../../nbs/training/70_iqn.ipynb #5c2487bd
 class RunLog:
     "`metrics.csv` and `tensorboard/` of a run directory; `rows` of the record are kept when it is opened."
     COLUMNS = ("wall_time", "decisions", "gradient_steps", "active_seconds", "tag", "value")
@@ -379,7 +379,7 @@ class RunLog:
 
 BARE = {"Buffer/size": "memory_size", "Gradients/norm_median": "grad_norm_history_median", "Performance/gradient_steps": "cumul_number_batches_done"}
 
-# %% ../../nbs/training/70_iqn.ipynb #f34d0d87
+# %% ../../nbs/training/70_iqn.ipynb #a2ea0953
 class Trainer:
     "The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and learns what is owed."
     def __init__(self, cfg, tracks):
@@ -436,7 +436,7 @@ class Trainer:
 
 def fresh_recent(): return dict(loss=[], norm=[], q=[], races=[], since=(0, 0, 0.0))
 
-# %% ../../nbs/training/70_iqn.ipynb #762439fd
+# %% ../../nbs/training/70_iqn.ipynb #aae92960
 def recent_values(trainer):
     "`(tag, value)` pairs of what happened since the last call; clears them."
     r, (d0, g0, s0), (d, g, s) = trainer.recent, trainer.recent["since"], trainer.at()
@@ -466,7 +466,7 @@ def evaluate_now(trainer):
     cfg = trainer.cfg
     return rollout(trainer.learner.net, trainer.tracks, cfg.eval_episodes, cfg.eval_seed, cfg.inputs, cfg.eval_quantiles, trainer.bf16, cfg.threads)
 
-# %% ../../nbs/training/70_iqn.ipynb #a28b0c0d
+# %% ../../nbs/training/70_iqn.ipynb #f91cd9dc
 def identity(cfg, tracks):
     "What decides the result of a run, as a dict: settings without those of place and speed, the tracks' content, the initial weights' content, the precision."
     keep = cfg.model_dump(mode="json", exclude={"output_dir", "run_name", "threads", "save_every", "init_dir"})
