@@ -21,7 +21,7 @@ def digest(folder, patterns):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for pattern in patterns for p in sorted(Path(folder).rglob(pattern)) if p.is_file()}
 
 DATA = ["maps/**/*.jpeg", "maps/**/manifest.json", "maps/**/metadata.json", "maps/**/geometry.npz", "maps/**/*.npy", "cache/**/*.npy"]
-RESULTS = ["output/pretrain/**/metrics.csv"]
+RESULTS = ["output/pretrain/vis/ae/metrics.csv"]
 
 def curves(folder):
     "What the learners logged, but for times: the rows of both metrics.csv."
