@@ -4,8 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# threads that spin while they wait slow a busy machine down several times
-export OMP_WAIT_POLICY ?= passive
+# OpenMP threads that spin for long while they wait slow a busy machine down several times
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test notebooks pytest lab clean
 demo: .venv/ready

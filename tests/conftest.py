@@ -3,7 +3,7 @@ import os, shutil
 from pathlib import Path
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: see tmlab.cli.main
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: see tmlab.cli.main
 
 REPO = Path(__file__).resolve().parent.parent
 

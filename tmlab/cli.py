@@ -226,7 +226,7 @@ def lab(argv):
 def main(argv=None):
     "`tmlab <command> …`; returns never."
     argv = sys.argv[1:] if argv is None else list(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # OpenMP threads that spin while they wait made a busy two-core machine up to 14 times slower; read when torch loads
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # OpenMP threads that spin for long while they wait made a busy machine up to 14 times slower; read when torch loads
     if not argv or argv[0] in ("-h", "--help"): sys.exit(print(usage()))
     try: sys.exit(run_command(*argv))
     except KeyboardInterrupt: sys.exit(130)

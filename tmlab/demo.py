@@ -26,7 +26,7 @@ class Scale:
 
 SCALES = dict(
     smoke=Scale(tracks=(("flat", 1, 12), ("flat", 2, 12), ("hilly", 3, 15), ("hilly", 4, 15), ("technical", 5, 15), ("fast", 6, 15)), replays=4, epochs=8,
-                train=dict(total_decisions=60_000, eval_every=12_000, eval_episodes=16), race=("flat", 1, 12)),
+                train=dict(total_decisions=80_000, eval_every=16_000, eval_episodes=16), race=("flat", 1, 12)),
     tiny=Scale(tracks=(("flat", 1, 6), ("hilly", 3, 6)), replays=2, epochs=2, train=dict(total_decisions=1_536, start_learning=512, eval_every=768, eval_episodes=4, save_every=512, batch_size=64), race=("flat", 1, 6), val_fraction=0.5, real=False))
 
 # %% ../nbs/30_demo.ipynb #86e0f77d
@@ -82,9 +82,9 @@ def results_fingerprint(root):
 
 # %% ../nbs/30_demo.ipynb #a4631010
 STAGES = {  # title: (function, expected seconds at the smoke scale on two cores)
-    "replays: tracks and the expert's laps": (make_replays, 25), "replays: real A01-Race files": (import_real, 15), "autoencoder on the frames": (learn_encoder, 60),
-    "encoder into the IQN": (inject_encoder, 3), "IQN from scratch (A_scratch)": (train_agent("A_scratch"), 90),
-    "IQN from the encoder (B1_ae)": (train_agent("B1_ae"), 90), "report": (write_report, 20)}
+    "replays: tracks and the expert's laps": (make_replays, 35), "replays: real A01-Race files": (import_real, 3), "autoencoder on the frames": (learn_encoder, 40),
+    "encoder into the IQN": (inject_encoder, 3), "IQN from scratch (A_scratch)": (train_agent("A_scratch"), 115),
+    "IQN from the encoder (B1_ae)": (train_agent("B1_ae"), 115), "report": (write_report, 15)}
 
 def run_demo(root="demo", reports="reports", scale="smoke"):
     "Run what is not done yet; returns the path of the report."

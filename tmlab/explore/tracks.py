@@ -13,15 +13,18 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 # %% ../../nbs/explore/40_tracks.ipynb #3a43c621
+KEYS = ("accelerate", "brake", "left", "right")
+
 def profile(states, line, keys=None, spacing_m=2.0):
-    """A run as a table by distance: `time_s`, `speed_kmh`, `lateral_m` (left positive), `x`, `y`, `z` and, from `keys` (n, 4) bool, the four inputs.
+    """A run as a table by distance: `time_s`, `speed_kmh`, `lateral_m` (left positive), `x`, `y`, `z`, `steer` where it is known (−1…1, right positive) and, from `keys` (n, 4) bool, the four inputs.
 
     `states`: a `CarState` in time order; `line`: the `ReferenceLine` whose metres are the index."""
     progress = np.maximum.accumulate(line_progress(line, states.position))
     first = np.concatenate([[True], np.diff(progress) > 1e-6])
     metres, cols = progress[first], dict(time_s=states.time_ms / 1000, speed_kmh=states.speed * 3.6, lateral_m=lateral(line, states.position, progress),
                                          x=states.position[:, 0], y=states.position[:, 1], z=states.position[:, 2])
-    if keys is not None: cols |= dict(zip(("accelerate", "brake", "left", "right"), np.asarray(keys, float).T))
+    if "steer" in states.known: cols["steer"] = states.steer
+    if keys is not None: cols |= dict(zip(KEYS, np.asarray(keys, float).T))
     grid = np.arange(np.ceil(metres[0] / spacing_m) * spacing_m, metres[-1], spacing_m)
     return pd.DataFrame({k: np.interp(grid, metres, np.asarray(v)[first]) for k, v in cols.items()}, index=pd.Index(grid, name="distance_m"))
 
@@ -73,23 +76,21 @@ def lines_figure(profiles, line=None, title=None):
 
 def distance_figure(profiles, best, title=None):
     "Speed, steering, brake and seconds behind `best`, all against distance."
-    rows = ["speed, km/h", "steering keys", "brake", f"seconds behind {best}"]
+    rows = ["speed, km/h", "steering", "brake", "s behind the best"]
     fig = make_subplots(rows=4, cols=1, shared_xaxes=True, vertical_spacing=.04, row_heights=[.4, .16, .12, .32])
     colours, lost = run_colours(list(profiles)), time_lost(profiles, best)
     for name, p in profiles.items():
         style = dict(mode="lines", line=dict(width=1.3, color=colours[name]), name=name, legendgroup=name)
         fig.add_scatter(x=p.index, y=p.speed_kmh, row=1, col=1, **style)
-        if "left" in p:
-            fig.add_scatter(x=p.index, y=p.right - p.left, row=2, col=1, showlegend=False, **style)
-            fig.add_scatter(x=p.index, y=p.brake, row=3, col=1, showlegend=False, **style)
+        steer = p.steer if "steer" in p else p.right - p.left if "left" in p else None
+        if steer is not None: fig.add_scatter(x=p.index, y=steer, row=2, col=1, showlegend=False, **style)
+        if "brake" in p: fig.add_scatter(x=p.index, y=p.brake, row=3, col=1, showlegend=False, **style)
         if name in lost: fig.add_scatter(x=lost.index, y=lost[name], row=4, col=1, showlegend=False, **style)
     for i, label in enumerate(rows, 1): fig.update_yaxes(title=label, row=i, col=1)
     fig.update_xaxes(title="metres along the reference line", row=4, col=1)
     return fig.update_layout(title=title, height=760, hovermode="x unified")
 
 # %% ../../nbs/explore/40_tracks.ipynb #7d1e01bf
-KEYS = ("accelerate", "brake", "left", "right")
-
 def time_figure(states, keys=None, title=None):
     "Speed and the four keys of one replay over time; without `keys` (n, 4) the figure says that they were not recorded."
     t = states.time_ms / 1000

@@ -279,8 +279,8 @@ class RaceVectorEnv(VectorEnv):
 
 def thread_count(threads):
     "The number of threads to use: `threads`, or all cores this process may run on."
-    # OpenMP's threads spin while they wait; on a machine that does other work too, that makes two threads 30 times slower than one
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenMP's threads spin while they wait; on a machine that does other work too, spinning for long makes two threads slower than one
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     most = numba.config.NUMBA_NUM_THREADS
     if threads is None: return max(1, min(most, len(os.sched_getaffinity(0))))
     if not isinstance(threads, numbers.Integral) or not 1 <= threads <= most: raise ValueError(f"threads {threads!r}: 1 … {most} on this machine")
