@@ -70,6 +70,7 @@ def check(argv):
     p = parser("check")
     p.add_argument("root", nargs="?", default="maps/img")
     a = p.parse_args(argv)
+    if not Path(a.root).is_dir(): raise ValueError(f"{a.root}: no such folder")
     from tmlab.replays.manifest import check_root
     problems = check_root(a.root)
     for line in problems: print(line)
@@ -144,10 +145,13 @@ def evaluate(argv):
     p.add_argument("weights", help="folder with weights1.torch")
     p.add_argument("--tracks", nargs="+", required=True, help="track folders, or family:seed:seconds")
     p.add_argument("--episodes", type=int, default=16, help="episodes per track")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=1_000_003, help="of the episodes; training seeds are small, so that no episode is one that was trained on")
+    p.add_argument("--inputs", default="all", choices=["all", "pixels", "floats"], help="what the agent was trained to see")
     a = p.parse_args(argv)
-    from tmlab.training.iqn import evaluate
-    print(evaluate(a.weights, a.tracks, episodes=a.episodes, seed=a.seed).to_string(index=False))
+    from tmlab.training.iqn import evaluate, summary
+    episodes = evaluate(a.weights, a.tracks, episodes=a.episodes, seed=a.seed, inputs=a.inputs)
+    print(episodes.to_string(index=False))
+    for track, e in episodes.groupby("track"): print(track, summary(e))
 
 # %% ../nbs/20_cli.ipynb #aeccadf7
 @command
