@@ -49,6 +49,16 @@ def test_report_is_there_and_says_what_it_is(reference):
     assert "carries no verdict" in page and "A_scratch" in page and "B1_ae" in page
     assert (reference / "reports/assets/plotly.min.js").exists()
 
+@pytest.mark.browser
+def test_report_opens_offline_with_its_figures_visible(reference, open_page):
+    tab = open_page(offline=True, viewport=dict(width=1100, height=900))
+    tab.page.goto((reference / "reports/demo/index.html").as_uri())
+    tab.page.wait_for_function("[...document.querySelectorAll('.plot')].every(p => p.dataset.drawn)", timeout=30_000)
+    boxes = [b.bounding_box() for b in tab.page.locator(".plot > .plot-container .main-svg:first-child").all()]
+    assert len(boxes) >= 5 and all(b["width"] > 500 and b["height"] > 200 for b in boxes)
+    assert tab.page.locator("img").count() > 10 and all(tab.page.locator("img").evaluate_all("all => all.map(i => i.complete && i.naturalWidth == 64)"))
+    assert not tab.errors and all(u.startswith(("file:", "data:", "blob:")) for u in tab.requests)
+
 def test_second_run_redoes_nothing(reference):
     def state():  # the injection takes a second and is written again, with the same bytes
         files = [p for p in (reference / "demo").rglob("*") if p.is_file() and p.name != "run.lock"]
