@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # OpenMP threads that spin for long while they wait slow a busy machine down several times
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test notebooks pytest lab clean
+.PHONY: demo test notebooks pytest lab
 demo: .venv/ready
 	tmlab demo
 
@@ -29,6 +29,3 @@ lab: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
-
-clean:
-	rm -rf .venv demo reports
