@@ -41,6 +41,17 @@ def test_killed_twice_and_resumed(whole, tmp_path):
     steps = read_events(run.dir / "tensorboard").query("tag == 'Training/loss'").step
     assert steps.is_unique and steps.is_monotonic_increasing and not list(run.dir.glob(".tmp-*"))
 
+def test_stopped_on_the_last_step_and_resumed(whole, tmp_path, monkeypatch):
+    "Between the last evaluation and the mark `finished` the whole checkpoint is still there."
+    from tmlab.core.runs import Run
+    def power_cut(*a, **k): raise SystemExit
+    with monkeypatch.context() as m:
+        m.setattr(Run, "finish", power_cut)
+        with pytest.raises(SystemExit): train_iqn(TrainConfig(**TINY, output_dir=tmp_path, run_name="r"))
+    run = train_iqn(TrainConfig(**TINY, output_dir=tmp_path, run_name="r"))
+    assert run.finished and run.result["metres"] == whole.result["metres"]
+    pd.testing.assert_frame_equal(logged(whole.dir), logged(run.dir), check_exact=True)
+
 def test_result_and_evaluation(whole):
     assert whole.finished and whole.result["decisions"] == 1600 and whole.result["gradient_steps"] > 0
     again = evaluate(whole.dir, TINY["tracks"], 2, TrainConfig().eval_seed, quantiles=2, precision="fp32")

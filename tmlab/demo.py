@@ -77,8 +77,9 @@ def write_report(root, scale, reports="reports"):
     return html
 
 def results_fingerprint(root):
-    "When each run under `root` finished: the report is made again when one changed."
-    return [(str(p.parent.name), read_json(p).get("finished_at")) for p in sorted(Path(root).glob("output/*/**/run.json"))]
+    "When each run under `root` finished, and which real replays were imported: the report is made again when one changed."
+    runs = [(p.parent.name, read_json(p).get("finished_at")) for p in sorted(Path(root).glob("output/*/**/run.json"))]
+    return runs + [(p.parent.name, read_json(p)["recipe"]) for p in sorted(Path(root).glob("real/img/*/*/metadata.json"))]
 
 # %% ../nbs/30_demo.ipynb #a4631010
 STAGES = {  # title: (function, expected seconds at the smoke scale on two cores)

@@ -31,7 +31,8 @@ def drop_stale_kernels(package=None):
     "Delete tmlab's compiled numba kernels when a source file is newer than the oldest of them; returns how many files went."
     root = Path(package or __import__("tmlab").__file__.rsplit("/", 1)[0])
     kernels = [*root.rglob("__pycache__/*.nbi"), *root.rglob("__pycache__/*.nbc")]
+    age = lambda p: p.stat().st_mtime if p.exists() else float("inf")  # another process may be deleting them too
     newest = max((p.stat().st_mtime for p in root.rglob("*.py")), default=0)
-    if not kernels or min(k.stat().st_mtime for k in kernels) > newest: return 0
+    if not kernels or min(map(age, kernels)) > newest: return 0
     for k in kernels: k.unlink(missing_ok=True)
     return len(kernels)

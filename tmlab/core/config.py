@@ -85,9 +85,11 @@ def check_yaml(cls, path):
     try: data = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError: raise ValueError(f"{path}: no such settings file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(data or {}, dict): raise ValueError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
+    if data is None: data = {}
+    if not isinstance(data, dict): raise ValueError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
     known = field_paths(cls)
-    for key, value in (data or {}).items():
+    for key, value in data.items():
+        key = str(key)
         paths = [f"{key}.{k}" for k in value] if isinstance(value, dict) and key in known else [key]
         for p in paths:
             if p not in known: raise ValueError(f"{path}: unknown key '{p}'" + nearest(p, known))

@@ -524,7 +524,7 @@ class Recording:
     @property
     def best(self):
         "The finished ghost with the shortest race time, or None."
-        return min((g for g in self.ghosts if g.race_time_ms is not None and len(g.samples)), key=lambda g: g.race_time_ms, default=None)
+        return min((g for g in self.ghosts if g.race_time_ms is not None and len(g.samples) > 1), key=lambda g: g.race_time_ms, default=None)
 
 def read_gbx(path):
     "Read a .Replay.Gbx or .Challenge.Gbx of TrackMania Forever; `GbxError` naming file and cause for anything else."

@@ -71,11 +71,11 @@ class Track:
     def save(self, dir):
         "Write geometry.npz and track.json into `dir`, whole or not at all; in a `tracks` folder also the line as `../vcp/<id>_0.5m_cl.npy`."
         dir = Path(dir)
+        if dir.parent.name == "tracks": self.line.save(dir.parent.parent / "vcp" / f"{self.id}_0.5m_cl.npy")  # first: who finds the track finds its line
         with atomic_path(dir) as tmp:
             tmp.mkdir()
             np.savez(tmp / "geometry.npz", **self.arrays())
             write_json(tmp / "track.json", dict(version=VERSION, id=self.id, hash=self.hash, source=self.source, length_m=self.length_m, meta=self.meta))
-        if dir.parent.name == "tracks": self.line.save(dir.parent.parent / "vcp" / f"{self.id}_0.5m_cl.npy")
 
     @classmethod
     def load(cls, dir):

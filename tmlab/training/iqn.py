@@ -476,7 +476,7 @@ def identity(cfg, tracks):
 
 def save_checkpoint(folder, trainer, log, buffer=True):
     "Write `checkpoint.pt` and the weights of the run, each atomically."
-    log.flush()
+    if buffer: log.flush()
     state = trainer.state_dict() | dict(version=1, rows=log.rows)
     if not buffer: state.pop("buffer")
     with atomic_path(folder / "checkpoint.pt") as tmp: torch.save(state, tmp)
@@ -531,8 +531,9 @@ def finish(run, trainer, log):
     episodes = evaluate_now(trainer)
     log.add(trainer.at(), evaluation_values(trainer, episodes))
     with atomic_path(run.dir / "evaluation.csv") as tmp: episodes.to_csv(tmp, index=False)
-    save_checkpoint(run.dir, trainer, log, buffer=False)
+    export_linesight(trainer.learner.net, run.dir, target=trainer.learner.target)
     log.close()
-    trainer.env.close()
     run.finish(decisions=trainer.decisions, gradient_steps=trainer.learner.gradient_steps, active_seconds=round(trainer.active_s, 1),
                tracks=[t.id for t in trainer.tracks], best_ms=trainer.best_ms, **summary(episodes))
+    save_checkpoint(run.dir, trainer, log, buffer=False)  # last: a kill before this line resumes from the whole one
+    trainer.env.close()

@@ -7,7 +7,7 @@ __all__ = ['STEP_MS', 'DECISION_MS', 'Lap', 'ATTEMPTS', 'META_EVERY', 'LOST_M', 
            'keep_track', 'existing', 'rounded', 'drive_lap', 'record_lap', 'write_lap', 'render_path', 'record_replays',
            'between', 'position_in', 'set_back', 'interpolate_states', 'whole_run', 'player_name', 'road_up',
            'ghost_track', 'ghost_inputs', 'walk_line', 'with_progress', 'ghost_meta', 'write_ghost', 'replay_files',
-           'survey', 'map_track', 'folder_names', 'import_source', 'import_replays', 'import_replay']
+           'survey', 'map_track', 'source_track', 'folder_names', 'import_source', 'import_replays', 'import_replay']
 
 # %% ../../nbs/world/50_record.ipynb #bf2503b4
 import hashlib, sys
@@ -270,16 +270,24 @@ def survey(path):
     return Source(path, rec.map.uid, hashlib.sha256(Path(path).read_bytes()).hexdigest(), float("inf") if best is None else best.race_time_ms, max(len(g.samples) for g in rec.ghosts))
 
 def map_track(uid, sources, out):
-    "The saved track of map `uid`, or a new one under the best ghost of `sources`, saved."
+    "The saved track of map `uid`, or a new one under the best ghost of `sources` that drove one, saved."
     dir = Path(out).parent / "tracks" / uid
     if (dir / "track.json").exists(): return Track.load(dir)
-    source = min(sources, key=lambda s: (s.best, -s.length if s.best == float("inf") else 0, s.sha))
+    for source in sorted(sources, key=lambda s: (s.best, -s.length if s.best == float("inf") else 0, s.sha)):
+        try: track = source_track(uid, source)
+        except ValueError as e: error = e
+        else: break
+    else: raise error
+    keep_track(track, out)
+    return track
+
+def source_track(uid, source):
+    "The road under the best ghost of one file; ValueError naming the file when its ghost drove no line."
     rec = read_gbx(source.path)
     ghost = rec.best or max(rec.ghosts, key=lambda g: len(g.samples))
     meta = dict(map=strip_codes(rec.map.name), environment=rec.map.environment, file=source.path.name, sha256=source.sha, player=player_name(ghost), race_time_ms=ghost.race_time_ms)
-    track = ghost_track(uid, ghost, meta)
-    keep_track(track, out)
-    return track
+    try: return ghost_track(uid, ghost, meta)
+    except ValueError as e: raise ValueError(str(e) if str(source.path) in str(e) else f"{source.path}: {e}") from None
 
 def folder_names(sources):
     "{sha: folder name} of the sources of one map: the file's stem; files of other content but the same name get a piece of their hash."
