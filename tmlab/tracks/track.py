@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 from ..core.runs import atomic_path, read_json, write_json
-from .geometry import Road, build_road, locate
+from .geometry import Road, build_road, chunk_balls, locate
 from .line import ReferenceLine, check_points, cumulative_m, resample
 
 # %% ../../nbs/tracks/30_track.ipynb #fb27625f
-VERSION = 1
+VERSION = 2
 CHECKED = "starts with a letter, digit or _, then letters, digits and _ . + = ~ @ -"
 
 @dataclass
@@ -81,7 +81,7 @@ class Track:
     def load(cls, dir):
         "The track saved in `dir`; ValueError naming the file when something is missing, damaged or of another version."
         dir, record = Path(dir), read_json(Path(dir) / "track.json")
-        if record.get("version") != VERSION: raise ValueError(f"{dir}/track.json: version {record.get('version')}; this tmlab reads {VERSION}")
+        if record.get("version") != VERSION: raise ValueError(f"{dir}/track.json: version {record.get('version')}; this tmlab reads {VERSION}; make or import the track again")
         try: a = dict(np.load(dir / "geometry.npz", allow_pickle=False))
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise ValueError(f"{dir}/geometry.npz: {e}") from None
         try:
@@ -162,12 +162,12 @@ def race_span(road, line):
     return float(find(first, 0, min(n, int(BEFORE_M) + 12))), float(find(last, max(0, n - int(AFTER_M) - 12), n))
 
 # %% ../../nbs/tracks/30_track.ipynb #2a7fb7bf
-PACKED = "offset centre tangent left up s half_width verge surface gap wall start_s finish_s ground_y gate_offset gate_s line_offset line line_s"
+PACKED = "offset centre tangent left up s half_width verge surface gap wall start_s finish_s ground_y gate_offset gate_s line_offset line line_s island chunk_offset chunk_ball"
 TrackArrays = namedtuple("TrackArrays", PACKED.split())
 LINE_BEFORE, LINE_AFTER = 20, 1000  # points
 
 def pack(tracks):
-    "`TrackArrays` of a sequence of tracks: contiguous arrays, float64 but `surface`, `gap` uint8, `wall` float32 and offsets int64."
+    "`TrackArrays` of a sequence of tracks: contiguous arrays, float64 but `surface`, `gap` uint8, `wall`, `island` float32 and offsets int64."
     if not tracks: raise ValueError("no tracks to pack")
     roads = [t.road for t in tracks]
     joined = lambda name, dtype=np.float64: np.ascontiguousarray(np.concatenate([getattr(r, name) for r in roads]), dtype)
@@ -175,13 +175,15 @@ def pack(tracks):
     each = lambda f: np.array([f(t) for t in tracks], np.float64)
     lines = [t.line.extended(LINE_BEFORE, LINE_AFTER) for t in tracks]
     metres = [cumulative_m(p) for p in lines]
+    balls = [chunk_balls(t.road, t.gates_s) for t in tracks]
     return TrackArrays(
         offset=offsets([len(r) for r in roads]), **{k: joined(k) for k in ("centre", "tangent", "left", "up", "s", "half_width", "verge")},
         surface=joined("surface", np.uint8), gap=joined("gap", np.uint8), wall=joined("wall", np.float32),
         start_s=each(lambda t: t.start_s), finish_s=each(lambda t: t.finish_s), ground_y=each(lambda t: t.ground_y),
         gate_offset=offsets([len(t.gates_s) for t in tracks]), gate_s=np.concatenate([t.gates_s for t in tracks]),
         line_offset=offsets([len(p) for p in lines]), line=np.ascontiguousarray(np.concatenate(lines)),
-        line_s=np.concatenate([m - m[LINE_BEFORE] for m in metres]))
+        line_s=np.concatenate([m - m[LINE_BEFORE] for m in metres]),
+        island=joined("island", np.float32), chunk_offset=offsets([len(b) for b in balls]), chunk_ball=np.concatenate(balls))
 
 @njit(cache=True, nogil=True)
 def locate_on(tracks, track, x, y, z, hint):
