@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'CHECKED', 'BEFORE_M', 'AFTER_M', 'TELEPORT_M', 'STILL_M', 'PACKED', 'TrackArrays', 'LINE_BEFORE',
-           'LINE_AFTER', 'Track', 'moved', 'road_under', 'direction', 'refine', 'blur', 'race_span', 'pack',
-           'locate_on']
+           'LINE_AFTER', 'OUT_OF_REACH_M', 'ABOVE', 'Track', 'moved', 'road_under', 'direction', 'refine', 'blur',
+           'race_span', 'pack', 'locate_on', 'nearest_in_chunk', 'nearest_anywhere', 'locate_anywhere']
 
 # %% ../../nbs/tracks/30_track.ipynb #c5b8accf
-import hashlib, re, zipfile
+import hashlib, math, re, zipfile
 from collections import namedtuple
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np
 from numba import njit
 from ..core.runs import atomic_path, read_json, write_json
-from .geometry import Road, build_road, chunk_balls, locate
+from .geometry import CHUNK, Road, between_planes, build_road, chunk_balls, locate, on_segment, place
 from .line import ReferenceLine, check_points, cumulative_m, resample
 
 # %% ../../nbs/tracks/30_track.ipynb #fb27625f
@@ -190,3 +190,52 @@ def locate_on(tracks, track, x, y, z, hint):
     "`locate` on packed track number `track`: (segment, s, lateral, height above)."
     return locate(tracks.centre, tracks.tangent, tracks.left, tracks.up, tracks.s, tracks.half_width, tracks.verge,
                   tracks.offset[track], tracks.offset[track + 1], x, y, z, hint)
+
+# %% ../../nbs/tracks/30_track.ipynb #69067668
+OUT_OF_REACH_M, ABOVE = 1.5, 8.0
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def nearest_in_chunk(T, lo, hi, x, y, z, best, best_cost):
+    "(segment, cost): the best of segments `lo` … `hi - 1` and of what was known. The cost is a squared distance, sideways beyond the verge only."
+    for i in range(lo, hi):
+        dx, dy, dz = x - T.centre[i, 0], y - T.centre[i, 1], z - T.centre[i, 2]
+        reach = T.half_width[i] + T.verge[i] + 2.0 + math.sqrt(best_cost)
+        if T.gap[i] != 0 or dx * dx + dy * dy + dz * dz > reach * reach: continue
+        a, b = between_planes(T.centre, T.tangent, i, x, y, z)
+        along, lateral, height = on_segment(T.centre, T.tangent, T.left, T.up, i, place(a, b), x, y, z)
+        beside = max(0.0, abs(lateral) - T.half_width[i] - T.verge[i])
+        if height < -OUT_OF_REACH_M: height *= ABOVE
+        cost = along * along + beside * beside + height * height
+        if cost < best_cost: best, best_cost = i, cost
+    return best, best_cost
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def nearest_anywhere(T, track, x, y, z):
+    "The segment of packed track number `track` that a car in the air at (x, y, z) is at; a road beneath is preferred to one above."
+    first, end, lo, last = T.chunk_offset[track], T.chunk_offset[track + 1], T.offset[track], T.offset[track + 1] - 1
+    ball, near, nearest = T.chunk_ball, first, np.inf
+    for c in range(first, end, 4):
+        dx, dy, dz = x - ball[c, 0], y - ball[c, 1], z - ball[c, 2]
+        d = dx * dx + dy * dy + dz * dz
+        if d < nearest: near, nearest = c, d
+    i = lo + CHUNK * (near - first)
+    i, cost = nearest_in_chunk(T, i, min(last, i + CHUNK), x, y, z, i, np.inf)
+    reach = math.sqrt(cost)
+    for c in range(first, end):
+        r, dx = ball[c, 3] + reach, x - ball[c, 0]
+        if c == near or abs(dx) > r: continue
+        dy, dz = y - ball[c, 1], z - ball[c, 2]
+        if dx * dx + dy * dy + dz * dz > r * r: continue
+        i0 = lo + CHUNK * (c - first)
+        i, cost = nearest_in_chunk(T, i0, min(last, i0 + CHUNK), x, y, z, i, cost)
+        reach = math.sqrt(cost)
+    return i
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def locate_anywhere(T, track, x, y, z):
+    "(segment, s, lateral, height above) as `locate_on`, but without a hint and on the road that a car in the air may land on."
+    i = nearest_anywhere(T, track, x, y, z)
+    a, b = between_planes(T.centre, T.tangent, i, x, y, z)
+    t = place(a, b)
+    along, lateral, height = on_segment(T.centre, T.tangent, T.left, T.up, i, t, x, y, z)
+    return i, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, height
