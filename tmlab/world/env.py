@@ -7,10 +7,10 @@ __all__ = ['WORLD_VERSION', 'ZONE', 'BEST_ZONE', 'BEST_S', 'BEST_MS', 'EPISODE',
            'RUNNING', 'FINISHED', 'OFF_ROAD', 'NO_PROGRESS', 'TIME_LIMIT', 'ABOVE_ROAD_M', 'NO_RANDOM', 'RANDOM_START',
            'ANYWHERE', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS', 'REWARD_PER_M', 'IDLE_MS', 'IDLE_M', 'KEY_CONTROLS',
            'uniform', 'mixed', 'LineArrays', 'line_arrays', 'on_ribbon', 'road_along_line', 'zone_at', 'section_before',
-           'place_on_line', 'begin', 'pass_gates', 'next_zone', 'line_distance', 'keep_finite', 'decide', 'end_of',
-           'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars',
-           'observe_cars', 'key_controls', 'analog_controls', 'RaceVectorEnv', 'wanted_tracks', 'final_of',
-           'thread_count', 'random_mode']
+           'place_on_line', 'begin', 'pass_gates', 'next_zone', 'zone_back_on_road', 'line_distance', 'is_finite',
+           'put_back', 'decide', 'end_of', 'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car',
+           'step_cars', 'restart_cars', 'observe_cars', 'key_controls', 'analog_controls', 'RaceVectorEnv',
+           'wanted_tracks', 'final_of', 'thread_count', 'random_mode']
 
 # %% ../../nbs/world/30_env.ipynb #1677e6f4
 import numbers, os
@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numba import njit, prange
 from ..replays.actions import ACTIONS, keys_from_analog, nearest_action
-from ..replays.floats import LINE_AFTER, LINE_BEFORE, MAX_ZONE_M2, N_FLOATS, advance_zone, float_row, metres_in_zone, road_column, road_points, squared_distance, zone_metres
+from ..replays.floats import INLINE, LINE_AFTER, LINE_BEFORE, MAX_ZONE_M2, N_FLOATS, advance_zone, float_row, metres_in_zone, road_column, road_points, squared_distance, zone_metres
 from ..tracks.geometry import GATE_HEIGHT, POST
 from ..tracks.track import Track, locate_on, pack
 from .camera import render
@@ -50,7 +50,7 @@ def mixed(x, part):
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-# %% ../../nbs/world/30_env.ipynb #1b759a90
+# %% ../../nbs/world/30_env.ipynb #a884f9a2
 ABOVE_ROAD_M = 4.0  # a point of the line this high above the ribbon is in the air
 
 class LineArrays(NamedTuple):
@@ -137,10 +137,10 @@ def begin(c, T, L, track, seed, car, episode, random_start):
     c[EPISODE] = episode
     place_on_line(c, T, L)
 
-# %% ../../nbs/world/30_env.ipynb #3581fa48
+# %% ../../nbs/world/30_env.ipynb #a143b99c
 PASS_M, BELOW_M = 10.0, -1.5  # m a car can pass in a tick; how far below the road a gate reaches
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def pass_gates(c, T, before):
     "Count the gates between metres `before` and where the car is now, at the end of a tick; note the time of the last one."
     k, s = int(c[TRACK]), c[S]
@@ -154,36 +154,44 @@ def pass_gates(c, T, before):
 # %% ../../nbs/world/30_env.ipynb #e4229815
 REWARD_PER_MS, REWARD_PER_M, IDLE_MS, IDLE_M = -0.0012, 0.01, 2000.0, 0.5
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def next_zone(c, T, L):
     "The car's zone on the reference line after it moved."
     k, x, y, z = int(c[TRACK]), c[POS], c[POS + 1], c[POS + 2]
-    lo, hi = T.line_offset[k], T.line_offset[k + 1]
-    zone = advance_zone(T.line, lo, hi, int(c[ZONE]), x, y, z)
-    if squared_distance(T.line, zone, x, y, z) <= MAX_ZONE_M2: return zone
-    gate = min(T.gate_offset[k] + int(c[CHECKPOINT]), T.gate_offset[k + 1] - 1)
-    found = advance_zone(T.line, lo, hi, zone_at(T, L, k, min(c[S], T.gate_s[gate])), x, y, z)
-    return found if squared_distance(T.line, found, x, y, z) <= MAX_ZONE_M2 else zone
+    zone = advance_zone(T.line, T.line_offset[k], T.line_offset[k + 1], int(c[ZONE]), x, y, z)
+    return zone if squared_distance(T.line, zone, x, y, z) <= MAX_ZONE_M2 else zone_back_on_road(c, T, L, zone)
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def zone_back_on_road(c, T, L, zone):
+    "The zone at the car's place on the road, before its next gate; or `zone`, when that is too far from the car as well."
+    k, x, y, z = int(c[TRACK]), c[POS], c[POS + 1], c[POS + 2]
+    gate = min(T.gate_offset[k] + int(c[CHECKPOINT]), T.gate_offset[k + 1] - 1)
+    found = advance_zone(T.line, T.line_offset[k], T.line_offset[k + 1], zone_at(T, L, k, min(c[S], T.gate_s[gate])), x, y, z)
+    return found if squared_distance(T.line, found, x, y, z) <= MAX_ZONE_M2 else zone
+
+@njit(**INLINE)
 def line_distance(c, T):
     "Metres from the car to the point of its zone, 2 … 25."
     return min(25.0, max(2.0, np.sqrt(squared_distance(T.line, int(c[ZONE]), c[POS], c[POS + 1], c[POS + 2]))))
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def keep_finite(c, T, L):
-    "A car whose numbers are no longer finite is put back on its road and counts as off it: nothing not finite gets into an observation."
+@njit(**INLINE)
+def is_finite(c):
+    "Whether the car's place and motion are finite numbers."
     a, b = c[TIME], 0.0
     for k in range(3):
         a += c[POS + k] + c[VEL + k] + c[ANG + k]
         b += c[ROT + k] + c[ROT + 3 + k] + c[ROT + 6 + k]
-    if a + b - (a + b) == 0.0: return  # neither infinite nor not a number
+    return a + b - (a + b) == 0.0
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def put_back(c, T, L):
+    "Put a car whose numbers are no longer finite back on its road, as off it: its episode ends, and nothing of it gets into an observation."
     k, time, episode, s = int(c[TRACK]), c[TIME], c[EPISODE], c[BEST_S]
     place_car(c, T, k, s, 0.0, 0.0, 0.0)
     c[TIME], c[EPISODE], c[OFF] = time, episode, 1.0
     place_on_line(c, T, L)
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def decide(c, T, L, P, steer, gas, brake, shaping):
     "Drive one decision (50 ms) and return its reward."
     begun, progress, potential = c[TIME], c[PROGRESS], 0.0
@@ -192,7 +200,7 @@ def decide(c, T, L, P, steer, gas, brake, shaping):
         before = c[S]
         tick(c, T, P, steer, gas, brake)
         pass_gates(c, T, before)
-    keep_finite(c, T, L)
+    if not is_finite(c): put_back(c, T, L)
     c[ZONE] = next_zone(c, T, L)
     c[PROGRESS] = metres_in_zone(T.line, L.metres, int(c[ZONE]), c[POS], c[POS + 1], c[POS + 2])
     if c[ZONE] > c[BEST_ZONE]: c[BEST_ZONE], c[BEST_MS] = c[ZONE], c[TIME]
@@ -202,7 +210,7 @@ def decide(c, T, L, P, steer, gas, brake, shaping):
     until = c[FINISH_MS] if c[FINISH_MS] > 0.0 else c[TIME]
     return REWARD_PER_MS * (until - begun) + REWARD_PER_M * (c[PROGRESS] - progress) + potential
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def end_of(c, max_ms):
     "How the episode of this row stands: an index into `ENDS`."
     if c[FINISH_MS] > 0.0: return FINISHED
@@ -211,14 +219,14 @@ def end_of(c, max_ms):
     if c[TIME] - c[BEST_MS] >= IDLE_MS: return NO_PROGRESS
     return RUNNING
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def remember(c, action):
     "Append an action index to the last five."
     for k in range(4): c[PREVIOUS + k] = c[PREVIOUS + k + 1]
     c[PREVIOUS + 4] = action
 
 # %% ../../nbs/world/30_env.ipynb #00b4ff8e
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def observe_car(c, T, L, floats, extras):
     "The 184 `floats` of a row, and the share driven, when `extras` has room for it."
     k = int(c[TRACK])
@@ -226,13 +234,13 @@ def observe_car(c, T, L, floats, extras):
     float_row(c, c, PREVIOUS, L.ahead, column, L.finish_m[k] - c[PROGRESS], floats)
     if len(extras) > 0: extras[0] = c[PROGRESS] / L.length_m[k]
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def describe_car(i, c, end, measured, counted):
     "Column `i` of `measured` (2, n): time in ms, metres; and of `counted` (4, n): track, gates passed, episode, end."
     measured[0, i], measured[1, i] = c[FINISH_MS] if end == FINISHED else c[TIME], c[PROGRESS]
     counted[0, i], counted[1, i], counted[2, i], counted[3, i] = int(c[TRACK]), int(c[CHECKPOINT]), int(c[EPISODE]), end
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def step_car(i, rows, T, L, P, controls, picked, actions, max_ms, shaping, reward, measured, counted, floats, extras):
     "One decision of car `i` with row `picked[i]` of `controls` (steer, gas, brake), which is action number `actions[i]`."
     c, j = rows[i], picked[i]
@@ -306,7 +314,7 @@ class RaceVectorEnv(VectorEnv):
         self.threads, self.max_race_s, self.random_start = thread_count(threads), float(max_race_s), random_mode(random_start)
         self.distractors, self.shaping = int(distractors), float(shaping)
         self.packed, self._seed, self._wanted = pack(self.tracks), None, np.full(self.num_envs, -1, np.int64)
-        self.lines = line_arrays(self.tracks, self.packed)
+        self.lines, self._hashes = line_arrays(self.tracks, self.packed), [t.hash for t in self.tracks]
         self.rows = np.zeros((self.num_envs, N_ROW))
         self._make_spaces()
 
@@ -385,12 +393,12 @@ class RaceVectorEnv(VectorEnv):
 
     def snapshot(self):
         "Everything that the future of the cars depends on, apart from the tracks."
-        return dict(rows=self.rows.copy(), seed=self._seed, wanted=self._wanted.copy(), random_start=self.random_start, hashes=[t.hash for t in self.tracks])
+        return dict(rows=self.rows.copy(), seed=self._seed, wanted=self._wanted.copy(), random_start=self.random_start, hashes=self._hashes)
 
     def restore(self, snapshot):
         "Back to a `snapshot` of an env with the same tracks and number of cars; returns the observation."
         if snapshot["rows"].shape != self.rows.shape: raise ValueError(f"snapshot of {len(snapshot['rows'])} cars, this env has {self.num_envs}")
-        if snapshot["hashes"] != [t.hash for t in self.tracks]: raise ValueError("snapshot of other tracks")
+        if snapshot["hashes"] != self._hashes: raise ValueError("snapshot of other tracks")
         self.rows[:], self._wanted[:] = snapshot["rows"], snapshot["wanted"]
         self._seed, self.random_start = snapshot["seed"], snapshot["random_start"]
         return self.observe()
