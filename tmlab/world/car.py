@@ -10,7 +10,7 @@ __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING
            'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH',
            'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3', 'between',
            'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels', 'forward_change', 'turn',
-           'ground_forces', 'air_forces', 'through_air', 'inverse_length', 'set_axes', 'settle', 'ahead', 'follow',
+           'ground_forces', 'air_forces', 'through_air', 'inverse_root', 'set_axes', 'settle', 'ahead', 'follow',
            'frame', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island', 'island_near', 'is_solid', 'hit_island', 'land',
            'wheels', 'touch', 'lie', 'engine', 'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
 
@@ -215,17 +215,19 @@ def through_air(P, v):
 
 # %% ../../nbs/world/10_car.ipynb #cdbcb052
 @njit(**INLINE)
-def inverse_length(a):
-    "1 / |a|; by its series where |a| is nearly 1."
-    x = dot(a, a) - 1.0
-    return 1.0 - x * (0.5 - 0.375 * x) if abs(x) < 4e-4 else 1.0 / math.sqrt(1.0 + x)
+def inverse_root(x):
+    "1 / √x; by its series where x is nearly 1."
+    d = x - 1.0
+    return 1.0 - d * (0.5 - 0.375 * d) if abs(d) < 4e-4 else 1.0 / math.sqrt(x)
 
 @njit(**INLINE)
 def set_axes(c, fwd, up):
-    "Store the rotation with up along `up` and forward near `fwd`; returns left, up, forward."
-    up = times(inverse_length(up), up)
-    fwd = plus(fwd, -dot(fwd, up), up)
-    fwd = times(inverse_length(fwd), fwd)
+    "Store the rotation with up along `up` and forward near `fwd`; returns left, up, forward. Both lengths come from the three products, side by side."
+    uu, fu, ff = dot(up, up), dot(fwd, up), dot(fwd, fwd)
+    a = inverse_root(uu)
+    lean = fu * a * a
+    fwd = times(inverse_root(ff - fu * lean), plus(fwd, -lean, up))
+    up = times(a, up)
     left = cross(up, fwd)
     c[ROT], c[ROT + 3], c[ROT + 6] = left
     c[ROT + 1], c[ROT + 4], c[ROT + 7] = up
@@ -269,7 +271,7 @@ def reach(fwd, left, direction):
     along = dot(fwd, direction)
     return SIDE * abs(dot(left, direction)) + (NOSE * along if along > 0.0 else -TAIL * along)
 
-# %% ../../nbs/world/10_car.ipynb #7ee0a1a8
+# %% ../../nbs/world/10_car.ipynb #c604a416
 RARE = dict(INLINE, forceinline=False)
 SLACK_M = 0.3  # how deep a car may have been in a surface before and still count as coming from outside
 
@@ -343,28 +345,27 @@ def hit_island(T, P, lo, last, i, p, v, yaw, s, lateral, h, fwd, left, road_left
         return plus(p, sign * depth, road_left), pay(P, v, sign * depth * road_left[1]), yaw, 0.0
     return p, v, yaw, 0.0
 
-# %% ../../nbs/world/10_car.ipynb #6a730c03
+# %% ../../nbs/world/10_car.ipynb #221f2541
 @njit(**INLINE)
 def land(P, p, v, n, h):
-    "(position, velocity, impact m/s) of a car `h` m above a surface that carries it: no deeper than it, no speed into it."
+    "(position, velocity) of a car `h` m above a surface that carries it: no deeper than it, no speed into it."
+    if h > 0.0: return p, v
     vn = dot(v, n)
-    if h > 0.0: return p, v, 0.0
-    p, impact, before = plus(p, -h, n), 0.0, h - vn * DT
-    if vn < 0.0: v, impact = plus(v, -vn, n), -vn
-    return p, pay(P, v, -before * n[1]) if before < -0.02 else v, impact
+    before = h - vn * DT
+    if vn < 0.0: v = plus(v, -vn, n)
+    return plus(p, -h, n), pay(P, v, -before * n[1]) if before < -0.02 else v
 
 @njit(**INLINE)
 def wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, roll, impact):
     "Contact, material and damper of each wheel. Damper in m, 0.02 at rest, more when compressed."
     lean, pitch, across = dot(left, n), dot(fwd, n), dot(fwd, road_left)
-    road, half = float(T.surface[i]), T.half_width[i]
+    road, half, same = float(T.surface[i]), T.half_width[i], abs(lateral) + 2.7 <= T.half_width[i]
+    for w in range(4): c[CONTACT + w] = 1.0 if on and h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch <= P.droop else 0.0
     for w in range(4):
-        clearance = h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch
-        touches = on and clearance <= P.droop
-        c[CONTACT + w] = 1.0 if touches else 0.0
-        if touches: c[MATERIAL + w] = road if abs(lateral + WHEEL_X[w] + WHEEL_Z[w] * across) <= half else float(GRASS)
-        rest = 0.02 - roll * WHEEL_X[w] - clip(clearance, -0.1, 0.04) if touches else -0.02
-        speed = c[DAMPER_V + w] + (400.0 * (rest - c[DAMPER + w]) - 28.0 * c[DAMPER_V + w]) * DT + (0.15 * impact if touches else 0.0)
+        if c[CONTACT + w] > 0.0: c[MATERIAL + w] = road if same or abs(lateral + WHEEL_X[w] + WHEEL_Z[w] * across) <= half else float(GRASS)
+    for w in range(4):  # a spring and a damper, without branches: four wheels at once
+        rest = (0.04 - roll * WHEEL_X[w] - clip(h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch, -0.1, 0.04)) * c[CONTACT + w] - 0.02
+        speed = 0.72 * c[DAMPER_V + w] + 4.0 * (rest - c[DAMPER + w]) + 0.15 * max(0.0, impact) * c[CONTACT + w]
         c[DAMPER_V + w] = speed
         c[DAMPER + w] = clip(c[DAMPER + w] + speed * DT, -0.1, 0.25)
 
@@ -372,7 +373,7 @@ def wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, roll, impact):
 def touch(c, T, P, p, v, left, up, fwd, yaw, turn_rate):
     "Where the car is on its track, and what the track does to it."
     k = int(c[TRACK])
-    lo, last, floor, impact = T.offset[k], T.offset[k + 1] - 2, 0.0, 0.0
+    lo, last, floor = T.offset[k], T.offset[k + 1] - 2, 0.0
     i, t, held = follow(T, lo, last, min(max(int(c[SEGMENT]), lo), last), p, 24)
     road_left, n, lateral, h = frame(T, i, t, p)
     if abs(lateral) > T.half_width[i] + T.verge[i] - 2.2: p, v, yaw, lateral = hit_wall(T, P, i, p, v, yaw, lateral, h, fwd, left, road_left)
@@ -386,13 +387,13 @@ def touch(c, T, P, p, v, left, up, fwd, yaw, turn_rate):
     h -= floor
     on = held and abs(lateral) <= T.half_width[i] + T.verge[i] and T.gap[i] == 0 and h <= P.droop and h - dot(v, n) * DT > -SLACK_M
     standing = on and dot(up, n) > 0.2
+    wheels(c, T, P, i, lateral, h, standing, left, fwd, n, road_left, 0.0003 * yaw * dot(v, fwd), -dot(v, n) if h <= 0.0 else 0.0)
     if on:
-        p, v, impact = land(P, p, v, n, h)
+        p, v = land(P, p, v, n, h)
         up, turn_rate = settle(P, up, n, yaw)
         if not standing: v = times(1.0 - 5.0 * DT, v)  # on its side or roof
-    left, up, fwd = set_axes(c, fwd, up)
+    _, up, _ = set_axes(c, fwd, up)
     if not on: yaw = dot(turn_rate, up)
-    wheels(c, T, P, i, lateral, h, standing, left, fwd, n, road_left, 0.0003 * yaw * dot(v, fwd), impact)
     if p[1] < T.ground_y[k]: p, v, c[OFF] = (p[0], T.ground_y[k], p[2]), (v[0], 0.0, v[2]), 1.0
     store(c, POS, p)
     store(c, VEL, v)
