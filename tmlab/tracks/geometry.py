@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ASPHALT', 'GRASS', 'DIRT', 'TURBO', 'SKY', 'GROUND', 'ROAD', 'EDGE', 'VERGE', 'WALL', 'GATE', 'CAR', 'EDGE_WIDTH',
-           'POST', 'GATE_HEIGHT', 'BEAM', 'Road', 'unit', 'equal_spacing', 'sweep_frames', 'build_road',
-           'smooth_points', 'on_segment', 'between_planes', 'place', 'nearest_segment', 'walk', 'locate', 'turn_radius',
-           'edge_share', 'road_mesh', 'gate_mesh']
+           'ISLAND_HEIGHT', 'POST', 'GATE_HEIGHT', 'BEAM', 'CHUNK', 'Road', 'unit', 'equal_spacing', 'sweep_frames',
+           'build_road', 'smooth_points', 'on_segment', 'between_planes', 'place', 'nearest_segment', 'walk', 'locate',
+           'turn_radius', 'edge_share', 'road_mesh', 'island_segments', 'island_mesh', 'gate_mesh', 'chunk_balls']
 
 # %% ../../nbs/tracks/20_geometry.ipynb #609def5a
 import math
@@ -19,6 +19,7 @@ from .line import check_points, cumulative_m, moving_mean
 ASPHALT, GRASS, DIRT, TURBO = 16, 2, 6, 7  # the game's material ids
 SKY, GROUND, ROAD, EDGE, VERGE, WALL, GATE, CAR = range(8)  # what a pixel or a triangle shows
 EDGE_WIDTH = 0.8  # m, painted band inside each edge of the road where it starts; along the road it keeps its share of the width
+ISLAND_HEIGHT = 1.2  # m, of a solid obstacle in the road
 POST, GATE_HEIGHT, BEAM = (0.2, 1.4), 7.5, 1.5  # m: a gate's posts begin and end this far outside the edge, its height, and the height of its beam
 
 @dataclass
@@ -34,7 +35,10 @@ class Road:
     surface: np.ndarray     # (N,) uint8 material id
     wall: np.ndarray        # (N, 2) float32 m, height of the left and right wall at the outer end of the verge; 0 is none
     gap: np.ndarray         # (N,) bool, no road here
+    island: np.ndarray = None  # (N, 2) float32 m to the left of the centre: left and right face of a solid obstacle, ISLAND_HEIGHT high; both 0 is none (default)
 
+    def __post_init__(self):
+        if self.island is None: self.island = np.zeros((len(self.s), 2), np.float32)
     def __len__(self): return len(self.s)
     @property
     def length_m(self): return float(self.s[-1])
@@ -75,9 +79,10 @@ def sweep_frames(tangent, up=None):
     return left, np.cross(tangent, left)
 
 # %% ../../nbs/tracks/20_geometry.ipynb #c5ebe3b9
-def build_road(points, half_width=8.0, verge=6.0, spacing_m=1.0, bank=None, up=None, surface=ASPHALT, wall=0.0, gap=None, smooth_m=0.0):
+def build_road(points, half_width=8.0, verge=6.0, spacing_m=1.0, bank=None, up=None, surface=ASPHALT, wall=0.0, gap=None, island=None, smooth_m=0.0):
     """Road along `points` (N, 3). `half_width`, `verge`, `bank` (rad, positive: left edge up) and `up` (wished direction) are one value or one per point;
-    `wall` one height or (left, right). `surface` and `gap` are one value or one per point, taken from the nearest. `smooth_m` averages the centre first."""
+    `wall` one height or (left, right). `surface`, `gap` and `island` (left, right) are one value or one per point, taken from the nearest.
+    `smooth_m` averages the centre first."""
     p = check_points(points, "road")
     n = len(p)
     per_point = lambda a, k=(): np.broadcast_to(np.asarray(a, np.float64), (n, *k))
@@ -93,8 +98,9 @@ def build_road(points, half_width=8.0, verge=6.0, spacing_m=1.0, bank=None, up=N
     c, sn = np.cos(roll)[:, None], np.sin(roll)[:, None]
     left, upward = c * left + sn * upward, c * upward - sn * left
     nearest = np.clip(np.rint(index).astype(int), 0, n - 1)
-    pick = lambda a, dtype: np.ascontiguousarray(np.broadcast_to(np.asarray(a), n)[nearest].astype(dtype))
-    return Road(centre, tangent, left, upward, s, half, grass, pick(surface, np.uint8), walls.astype(np.float32), pick(False if gap is None else gap, bool))
+    pick = lambda a, dtype, *k: np.ascontiguousarray(np.broadcast_to(np.asarray(a), (n, *k))[nearest].astype(dtype))
+    return Road(centre, tangent, left, upward, s, half, grass, pick(surface, np.uint8), walls.astype(np.float32), pick(False if gap is None else gap, bool),
+                pick(0 if island is None else island, np.float32, 2))
 
 def smooth_points(points, smooth_m):
     "`points` (N, 3) at equal spacing, averaged twice over about `smooth_m`; the ends stay, the number of points too."
@@ -213,7 +219,29 @@ def road_mesh(road):
             if c == WALL and not road.wall[i:i + 2, 0 if a == 7 else 1].any(): continue
             a0, b0, a1, b1 = 9 * i + a, 9 * i + b, 9 * i + 9 + a, 9 * i + 9 + b
             triangles += [(a0, b0, b1), (a0, b1, a1)]; classes += [c, c]
-    return vertices.reshape(-1, 3), np.array(triangles, np.int32).reshape(-1, 3), np.array(classes, np.uint8)
+    v, f = island_mesh(road)
+    triangles = np.concatenate([np.array(triangles, np.int32).reshape(-1, 3), f + vertices.size // 3])
+    return np.concatenate([vertices.reshape(-1, 3), v]), triangles, np.r_[np.array(classes, np.uint8), np.full(len(f), WALL, np.uint8)]
+
+def island_segments(road):
+    "(N - 1,) bool: segments that hold a solid obstacle, those with faces at both ends and no gap."
+    here = road.island.any(axis=1)
+    return here[:-1] & here[1:] & ~road.gap[:-1]
+
+def island_mesh(road):
+    "(vertices (V, 3), triangles (F, 3) counter-clockwise seen from outside) of the obstacles: two sides, a flat top, and a blunt front and back."
+    left, right = road.island.astype(np.float64).T
+    at = lambda x, h: road.centre + road.left * x[:, None] + road.up * h
+    vertices = np.stack([at(left, 0), at(left, ISLAND_HEIGHT), at(right, ISLAND_HEIGHT), at(right, 0)], axis=1)  # (N, 4, 3)
+    solid = np.r_[False, island_segments(road), False]
+    i = np.flatnonzero(solid[1:-1])
+    quads = [np.stack([4 * i + a, 4 * i + b, 4 * i + 4 + b, 4 * i + 4 + a], axis=1) for a, b in ((0, 1), (1, 2), (2, 3))]
+    front, back = 4 * np.flatnonzero(solid[1:] & ~solid[:-1]), 4 * np.flatnonzero(solid[:-1] & ~solid[1:])
+    quads += [np.stack([front + k for k in (3, 2, 1, 0)], axis=1), np.stack([back + k for k in (0, 1, 2, 3)], axis=1)]
+    quads = np.concatenate(quads)
+    used, compact = np.unique(quads, return_inverse=True)
+    quads = compact.reshape(quads.shape)
+    return vertices.reshape(-1, 3)[used], np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]).astype(np.int32)
 
 def gate_mesh(road, gates_s):
     "(vertices, triangles, classes) of the arches over the road at metres `gates_s`: two posts outside the edges and a beam, upright in the road's frame, without thickness."
@@ -227,3 +255,19 @@ def gate_mesh(road, gates_s):
     first = 4 * np.arange(len(vertices) // 4)[:, None]
     triangles = np.concatenate([first + [0, 1, 2], first + [0, 2, 3]]).astype(np.int32)
     return np.array(vertices).reshape(-1, 3), triangles, np.full(len(triangles), GATE, np.uint8)
+
+# %% ../../nbs/tracks/20_geometry.ipynb #26c4152a
+CHUNK = 16  # segments
+
+def chunk_balls(road, gates_s=()):
+    "(C, 4) float64: centre x, y, z and radius, m, of a ball around sections 16 c … 16 c + 16 with verge, walls, island, and the gates at `gates_s`."
+    edge = (road.half_width + road.verge)[:, None] * road.left
+    top = np.maximum(road.wall.max(axis=1), np.where(road.island.any(axis=1), ISLAND_HEIGHT, 0))[:, None] * road.up
+    corners = np.stack([road.centre + x + y for x in (edge, -edge) for y in (0 * top, top)], axis=1)  # (N, 4, 3)
+    arches, gate = gate_mesh(road, gates_s)[0].reshape(-1, 12, 3), np.searchsorted(road.s, gates_s, side="right") - 1
+    balls = []
+    for i in range(0, len(road) - 1, CHUNK):
+        p = np.concatenate([corners[i:i + CHUNK + 1], *arches[(gate >= i) & (gate < i + CHUNK)]], axis=None).reshape(-1, 3)
+        middle = (p.min(axis=0) + p.max(axis=0)) / 2
+        balls.append([*middle, np.linalg.norm(p - middle, axis=1).max() + 0.1])  # edges bulge a little between sections
+    return np.array(balls)

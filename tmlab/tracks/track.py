@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'CHECKED', 'BEFORE_M', 'AFTER_M', 'TELEPORT_M', 'STILL_M', 'PACKED', 'TrackArrays', 'LINE_BEFORE',
-           'LINE_AFTER', 'Track', 'moved', 'road_under', 'direction', 'refine', 'blur', 'race_span', 'pack',
-           'locate_on']
+           'LINE_AFTER', 'OUT_OF_REACH_M', 'ABOVE', 'Track', 'moved', 'road_under', 'direction', 'refine', 'blur',
+           'race_span', 'pack', 'locate_on', 'nearest_in_chunk', 'nearest_anywhere', 'locate_anywhere']
 
 # %% ../../nbs/tracks/30_track.ipynb #c5b8accf
-import hashlib, re, zipfile
+import hashlib, math, re, zipfile
 from collections import namedtuple
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np
 from numba import njit
 from ..core.runs import atomic_path, read_json, write_json
-from .geometry import Road, build_road, locate
+from .geometry import CHUNK, Road, between_planes, build_road, chunk_balls, locate, on_segment, place
 from .line import ReferenceLine, check_points, cumulative_m, resample
 
 # %% ../../nbs/tracks/30_track.ipynb #fb27625f
-VERSION = 1
+VERSION = 2
 CHECKED = "starts with a letter, digit or _, then letters, digits and _ . + = ~ @ -"
 
 @dataclass
@@ -81,7 +81,7 @@ class Track:
     def load(cls, dir):
         "The track saved in `dir`; ValueError naming the file when something is missing, damaged or of another version."
         dir, record = Path(dir), read_json(Path(dir) / "track.json")
-        if record.get("version") != VERSION: raise ValueError(f"{dir}/track.json: version {record.get('version')}; this tmlab reads {VERSION}")
+        if record.get("version") != VERSION: raise ValueError(f"{dir}/track.json: version {record.get('version')}; this tmlab reads {VERSION}; make or import the track again")
         try: a = dict(np.load(dir / "geometry.npz", allow_pickle=False))
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise ValueError(f"{dir}/geometry.npz: {e}") from None
         try:
@@ -162,12 +162,12 @@ def race_span(road, line):
     return float(find(first, 0, min(n, int(BEFORE_M) + 12))), float(find(last, max(0, n - int(AFTER_M) - 12), n))
 
 # %% ../../nbs/tracks/30_track.ipynb #2a7fb7bf
-PACKED = "offset centre tangent left up s half_width verge surface gap wall start_s finish_s ground_y gate_offset gate_s line_offset line line_s"
+PACKED = "offset centre tangent left up s half_width verge surface gap wall start_s finish_s ground_y gate_offset gate_s line_offset line line_s island chunk_offset chunk_ball"
 TrackArrays = namedtuple("TrackArrays", PACKED.split())
 LINE_BEFORE, LINE_AFTER = 20, 1000  # points
 
 def pack(tracks):
-    "`TrackArrays` of a sequence of tracks: contiguous arrays, float64 but `surface`, `gap` uint8, `wall` float32 and offsets int64."
+    "`TrackArrays` of a sequence of tracks: contiguous arrays, float64 but `surface`, `gap` uint8, `wall`, `island` float32 and offsets int64."
     if not tracks: raise ValueError("no tracks to pack")
     roads = [t.road for t in tracks]
     joined = lambda name, dtype=np.float64: np.ascontiguousarray(np.concatenate([getattr(r, name) for r in roads]), dtype)
@@ -175,16 +175,67 @@ def pack(tracks):
     each = lambda f: np.array([f(t) for t in tracks], np.float64)
     lines = [t.line.extended(LINE_BEFORE, LINE_AFTER) for t in tracks]
     metres = [cumulative_m(p) for p in lines]
+    balls = [chunk_balls(t.road, t.gates_s) for t in tracks]
     return TrackArrays(
         offset=offsets([len(r) for r in roads]), **{k: joined(k) for k in ("centre", "tangent", "left", "up", "s", "half_width", "verge")},
         surface=joined("surface", np.uint8), gap=joined("gap", np.uint8), wall=joined("wall", np.float32),
         start_s=each(lambda t: t.start_s), finish_s=each(lambda t: t.finish_s), ground_y=each(lambda t: t.ground_y),
         gate_offset=offsets([len(t.gates_s) for t in tracks]), gate_s=np.concatenate([t.gates_s for t in tracks]),
         line_offset=offsets([len(p) for p in lines]), line=np.ascontiguousarray(np.concatenate(lines)),
-        line_s=np.concatenate([m - m[LINE_BEFORE] for m in metres]))
+        line_s=np.concatenate([m - m[LINE_BEFORE] for m in metres]),
+        island=joined("island", np.float32), chunk_offset=offsets([len(b) for b in balls]), chunk_ball=np.concatenate(balls))
 
 @njit(cache=True, nogil=True)
 def locate_on(tracks, track, x, y, z, hint):
     "`locate` on packed track number `track`: (segment, s, lateral, height above)."
     return locate(tracks.centre, tracks.tangent, tracks.left, tracks.up, tracks.s, tracks.half_width, tracks.verge,
                   tracks.offset[track], tracks.offset[track + 1], x, y, z, hint)
+
+# %% ../../nbs/tracks/30_track.ipynb #69067668
+OUT_OF_REACH_M, ABOVE = 1.5, 8.0
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def nearest_in_chunk(T, lo, hi, x, y, z, best, best_cost):
+    "(segment, cost): the best of segments `lo` … `hi - 1` and of what was known. The cost is a squared distance, sideways beyond the verge only."
+    for i in range(lo, hi):
+        dx, dy, dz = x - T.centre[i, 0], y - T.centre[i, 1], z - T.centre[i, 2]
+        reach = T.half_width[i] + T.verge[i] + 2.0 + math.sqrt(best_cost)
+        if T.gap[i] != 0 or dx * dx + dy * dy + dz * dz > reach * reach: continue
+        a, b = between_planes(T.centre, T.tangent, i, x, y, z)
+        along, lateral, height = on_segment(T.centre, T.tangent, T.left, T.up, i, place(a, b), x, y, z)
+        beside = max(0.0, abs(lateral) - T.half_width[i] - T.verge[i])
+        if height < -OUT_OF_REACH_M: height *= ABOVE
+        cost = along * along + beside * beside + height * height
+        if cost < best_cost: best, best_cost = i, cost
+    return best, best_cost
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def nearest_anywhere(T, track, x, y, z):
+    "The segment of packed track number `track` that a car in the air at (x, y, z) is at; a road beneath is preferred to one above."
+    first, end, lo, last = T.chunk_offset[track], T.chunk_offset[track + 1], T.offset[track], T.offset[track + 1] - 1
+    ball, near, nearest = T.chunk_ball, first, np.inf
+    for c in range(first, end, 4):
+        dx, dy, dz = x - ball[c, 0], y - ball[c, 1], z - ball[c, 2]
+        d = dx * dx + dy * dy + dz * dz
+        if d < nearest: near, nearest = c, d
+    i = lo + CHUNK * (near - first)
+    i, cost = nearest_in_chunk(T, i, min(last, i + CHUNK), x, y, z, i, np.inf)
+    reach = math.sqrt(cost)
+    for c in range(first, end):
+        r, dx = ball[c, 3] + reach, x - ball[c, 0]
+        if c == near or abs(dx) > r: continue
+        dy, dz = y - ball[c, 1], z - ball[c, 2]
+        if dx * dx + dy * dy + dz * dz > r * r: continue
+        i0 = lo + CHUNK * (c - first)
+        i, cost = nearest_in_chunk(T, i0, min(last, i0 + CHUNK), x, y, z, i, cost)
+        reach = math.sqrt(cost)
+    return i
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def locate_anywhere(T, track, x, y, z):
+    "(segment, s, lateral, height above) as `locate_on`, but without a hint and on the road that a car in the air may land on."
+    i = nearest_anywhere(T, track, x, y, z)
+    a, b = between_planes(T.centre, T.tangent, i, x, y, z)
+    t = place(a, b)
+    along, lateral, height = on_segment(T.centre, T.tangent, T.left, T.up, i, t, x, y, z)
+    return i, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, height

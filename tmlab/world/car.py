@@ -6,10 +6,11 @@
 __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING', 'CONTACT', 'DAMPER', 'MATERIAL', 'GEAR',
            'GEARBOX', 'SHIFT_STEPS', 'RPM', 'FREE', 'PROGRESS', 'CHECKPOINT', 'TRACK', 'SEGMENT', 'S', 'LATERAL',
            'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS', 'DT',
-           'WHEEL_X', 'WHEEL_Z', 'MAX_KMH', 'DRIVE', 'SIDE_GRIP', 'STEERING', 'CAR', 'GEAR_KMH', 'lookup_table',
-           'surface_table', 'CarParams', 'at_speed', 'along', 'push', 'under_wheels', 'forward_change', 'side_change',
-           'turn', 'ground_forces', 'air_forces', 'set_axes', 'move', 'settle', 'rest_on', 'hit_wall', 'wheels',
-           'touch', 'fall_on_ground', 'engine', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
+           'WHEEL_X', 'WHEEL_Z', 'MAX_KMH', 'DRIVE', 'SIDE_GRIP', 'STEERING', 'CAR', 'INLINE', 'GEAR_KMH',
+           'lookup_table', 'surface_table', 'CarParams', 'load', 'row3', 'store', 'dot', 'cross', 'plus', 'minus',
+           'mix', 'axis', 'clip', 'inverse_length', 'at_speed', 'under_wheels', 'forward_change', 'turn',
+           'ground_forces', 'air_forces', 'set_axes', 'ahead', 'follow', 'search', 'hit_wall', 'wheels', 'touch',
+           'engine', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
 
 # %% ../../nbs/world/10_car.ipynb #37a40c95
 import math
@@ -83,37 +84,63 @@ class CarParams(NamedTuple):
 CAR = CarParams()
 
 # %% ../../nbs/world/10_car.ipynb #fbcfe18d
-@njit(cache=True, nogil=True)
+INLINE = dict(cache=True, nogil=True, error_model="numpy", forceinline=True, _nrt=False)  # no reference counts: without it, they take 85 % of a tick
+
+@njit(**INLINE)
+def load(a, k): return a[k], a[k + 1], a[k + 2]
+@njit(**INLINE)
+def row3(a, i): return a[i, 0], a[i, 1], a[i, 2]
+@njit(**INLINE)
+def store(c, k, a): c[k], c[k + 1], c[k + 2] = a
+@njit(**INLINE)
+def dot(a, b): return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+@njit(**INLINE)
+def cross(a, b): return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+@njit(**INLINE)
+def plus(a, s, b): return a[0] + s * b[0], a[1] + s * b[1], a[2] + s * b[2]
+@njit(**INLINE)
+def minus(a, b): return a[0] - b[0], a[1] - b[1], a[2] - b[2]
+@njit(**INLINE)
+def mix(a, i, t):
+    "Between rows `i` and `i + 1` of an array (n, 3)."
+    return a[i, 0] + t * (a[i + 1, 0] - a[i, 0]), a[i, 1] + t * (a[i + 1, 1] - a[i, 1]), a[i, 2] + t * (a[i + 1, 2] - a[i, 2])
+@njit(**INLINE)
+def axis(c, k): return c[ROT + k], c[ROT + 3 + k], c[ROT + 6 + k]
+
+@njit(**INLINE)
+def clip(x, lo, hi): return lo if x < lo else hi if x > hi else x
+
+@njit(**INLINE)
+def inverse_length(a):
+    "1 / |a|; one Newton step where |a| is nearly 1."
+    x = dot(a, a) - 1.0
+    return 1.0 - 0.5 * x if abs(x) < 4e-5 else 1.0 / math.sqrt(1.0 + x)
+
+@njit(**INLINE)
 def at_speed(table, kmh):
     "Linear look-up in a table with one value per km/h."
     x = min(kmh, 999.0)
     i = int(x)
     return table[i] + (x - i) * (table[i + 1] - table[i])
 
-@njit(cache=True, nogil=True)
-def along(c, v, axis):
-    "Part of the world vector at c[v : v + 3] along the car's `axis`."
-    return c[v] * c[ROT + axis] + c[v + 1] * c[ROT + 3 + axis] + c[v + 2] * c[ROT + 6 + axis]
-
-@njit(cache=True, nogil=True)
-def push(c, axis, dv):
-    "Add `dv` m/s along the car's `axis` to its velocity."
-    for k in range(3): c[VEL + k] += dv * c[ROT + 3 * k + axis]
-
-@njit(cache=True, nogil=True)
+@njit(**INLINE)
 def under_wheels(c, P):
     "Grip factor, drive factor, extra rolling resistance under the wheels, and the share of wheels that touch."
-    grip, drive, rolling, n = 0.0, 0.0, 0.0, 0
+    a = c[MATERIAL]
+    if c[CONTACT] + c[CONTACT + 1] + c[CONTACT + 2] + c[CONTACT + 3] == 4.0 and c[MATERIAL + 1] == a and c[MATERIAL + 2] == a and c[MATERIAL + 3] == a:
+        m = int(a) & 31
+        if m == 7 or m == 26: c[TURBO_MS] = P.turbo_ms
+        return P.surface[m, 0], P.surface[m, 1], P.surface[m, 2], 1.0
+    grip, drive, rolling, n = 0.0, 0.0, 0.0, 0.0
     for w in range(4):
         if c[CONTACT + w] > 0.0:
             m = int(c[MATERIAL + w]) & 31
-            grip += P.surface[m, 0]; drive += P.surface[m, 1]; rolling += P.surface[m, 2]; n += 1
+            grip += P.surface[m, 0]; drive += P.surface[m, 1]; rolling += P.surface[m, 2]; n += 1.0
             if m == 7 or m == 26: c[TURBO_MS] = P.turbo_ms
-    if n == 0: return 0.0, 0.0, 0.0, 0.0
     return grip / n, drive / n, rolling / n, n / 4.0
 
-@njit(cache=True, nogil=True)
-def forward_change(c, P, vz, kmh, gas, brake, drive, grip, slow):
+@njit(**INLINE)
+def forward_change(c, P, vz, kmh, steered, gas, brake, drive, grip, slow):
     "Change of forward speed in one tick: the engine or the reverse gear pushes; brake, rolling and sliding only slow down."
     force = 0.0
     if brake > 0.0 and vz > 0.3: slow += P.brake * brake * min(1.0, grip + 0.2)
@@ -124,159 +151,153 @@ def forward_change(c, P, vz, kmh, gas, brake, drive, grip, slow):
         else: force = at_speed(P.drive, kmh) * gas * (P.turbo if c[TURBO_MS] > 0.0 else 1.0)
     if gas <= 0.0 and force == 0.0: slow += P.coast
     v = vz + force * drive * DT
-    slow = (slow + P.rolling + P.steer_drag * abs(c[STEERED]) * min(1.0, 0.1 * abs(vz))) * DT
+    slow = (slow + P.rolling + P.steer_drag * abs(steered) * min(1.0, 0.1 * abs(vz))) * DT
     return (v - slow if v > slow else v + slow if v < -slow else 0.0) - vz
 
 # %% ../../nbs/world/10_car.ipynb #f8136d41
-@njit(cache=True, nogil=True)
-def side_change(c, P, vx, limit):
-    "Change of lateral speed in one tick under `limit` m/s²; sets whether the wheels slide."
-    sliding = abs(vx) > limit * DT
-    if sliding: limit *= P.slide_grip
-    for w in range(4): c[SLIDING + w] = 1.0 if sliding and c[CONTACT + w] > 0.0 else 0.0
-    change = min(abs(vx), limit * DT)
-    return -change if vx > 0.0 else change
-
-@njit(cache=True, nogil=True)
-def turn(c, P, vx, vz, kmh, limit, share):
-    "Move the yaw rate towards what the steering asks for (left positive)."
+@njit(**INLINE)
+def turn(P, yaw, steered, vx, vz, kmh, limit, share, front_slides):
+    "The yaw rate, one tick nearer to what the steering asks for (left positive)."
     speed = abs(vz)
     rate = min(P.steer_scale * at_speed(P.steering, kmh), speed / P.min_radius)
     rate = min(rate, 1.1 * limit / max(speed, 1.0))  # on a slippery surface the front wheels slip first
-    target = -c[STEERED] * (rate if vz >= 0.0 else -rate)
-    if c[SLIDING] + c[SLIDING + 1] > 0.0: target += P.align * max(-1.0, min(1.0, vx / max(speed, 5.0))) * (1.0 if vz > 0.0 else 0.0)
-    c[YAW] += (target - c[YAW]) * min(1.0, DT / P.yaw_lag) * share
+    target = -steered * (rate if vz >= 0.0 else -rate)
+    if front_slides and vz > 0.0: target += P.align * clip(vx / max(speed, 5.0), -1.0, 1.0)
+    return yaw + (target - yaw) * min(1.0, DT / P.yaw_lag) * share
 
-@njit(cache=True, nogil=True)
-def ground_forces(c, P, gas, brake):
-    "Tyres, engine and brake of a car with at least one wheel on the ground."
-    vx, vz = along(c, VEL, 0), along(c, VEL, 2)
-    kmh = 3.6 * math.sqrt(c[VEL] ** 2 + c[VEL + 1] ** 2 + c[VEL + 2] ** 2)
+@njit(**INLINE)
+def ground_forces(c, P, v, left, fwd, steered, gas, brake):
+    "(velocity, yaw rate) after tyres, engine and brake of a car with at least one wheel on the ground."
+    vx, vz, speed = dot(v, left), dot(v, fwd), math.sqrt(dot(v, v))
+    kmh = 3.6 * speed
     grip, drive, rolling, share = under_wheels(c, P)
     limit = P.grip_scale * at_speed(P.side_grip, kmh) * grip * share
-    turn(c, P, vx, vz, kmh, limit, share)
+    yaw = turn(P, c[YAW], steered, vx, vz, kmh, limit, share, c[SLIDING] + c[SLIDING + 1] > 0.0)
     if brake > 0.0 and kmh > 100.0: limit *= P.brake_grip
-    dx = side_change(c, P, vx, limit)
-    slow = rolling + P.air_drag * vz * vz + (P.slide_brake if c[SLIDING] > 0.0 else 0.0)
-    dz = forward_change(c, P, vz, kmh, gas, brake, drive, grip, slow) * share
-    push(c, 0, dx)
-    push(c, 2, dz)
+    side = limit * DT
+    sliding = abs(vx) > side
+    if sliding: side *= P.slide_grip
+    slow = rolling + P.air_drag * vz * vz + (P.slide_brake if sliding else 0.0)
+    for w in range(4): c[SLIDING + w] = c[CONTACT + w] if sliding else 0.0
+    dz = forward_change(c, P, vz, kmh, steered, gas, brake, drive, grip, slow) * share
+    return plus(plus(v, -clip(vx, -side, side), left), dz, fwd), yaw, vz
 
-@njit(cache=True, nogil=True)
+@njit(**INLINE)
 def air_forces(c, P, brake):
-    "Free flight: the wheels do not slide; the brake stops the car's rotation, which otherwise dies slowly."
+    "The turn rate of a flying car: the brake stops the car's rotation, which otherwise dies slowly."
     keep = 1.0 - (6.0 if brake > 0.0 else 0.4) * DT
-    for k in range(3): c[ANG + k] *= keep
     for w in range(4): c[SLIDING + w] = 0.0
-    c[YAW] = along(c, ANG, 1)
+    return keep * c[ANG], keep * c[ANG + 1], keep * c[ANG + 2]
 
 # %% ../../nbs/world/10_car.ipynb #cdbcb052
-@njit(cache=True, nogil=True)
-def set_axes(c, fx, fy, fz, ux, uy, uz):
-    "Store the rotation with forward near (fx, fy, fz) and up along (ux, uy, uz)."
-    n = math.sqrt(ux * ux + uy * uy + uz * uz)
-    ux, uy, uz = ux / n, uy / n, uz / n
-    d = fx * ux + fy * uy + fz * uz
-    fx, fy, fz = fx - d * ux, fy - d * uy, fz - d * uz
-    n = math.sqrt(fx * fx + fy * fy + fz * fz)
-    fx, fy, fz = fx / n, fy / n, fz / n
-    c[ROT], c[ROT + 3], c[ROT + 6] = uy * fz - uz * fy, uz * fx - ux * fz, ux * fy - uy * fx
-    c[ROT + 1], c[ROT + 4], c[ROT + 7] = ux, uy, uz
-    c[ROT + 2], c[ROT + 5], c[ROT + 8] = fx, fy, fz
-
-@njit(cache=True, nogil=True)
-def move(c, wx, wy, wz):
-    "Position and axes after one tick at the car's velocity and the turn rate (wx, wy, wz), world rad/s."
-    for k in range(3): c[POS + k] += c[VEL + k] * DT
-    fx, fy, fz, ux, uy, uz = c[ROT + 2], c[ROT + 5], c[ROT + 8], c[ROT + 1], c[ROT + 4], c[ROT + 7]
-    set_axes(c, fx + (wy * fz - wz * fy) * DT, fy + (wz * fx - wx * fz) * DT, fz + (wx * fy - wy * fx) * DT,
-             ux + (wy * uz - wz * uy) * DT, uy + (wz * ux - wx * uz) * DT, uz + (wx * uy - wy * ux) * DT)
-
-@njit(cache=True, nogil=True)
-def settle(c, nx, ny, nz):
-    "Turn the car's up towards the surface's normal; the turn rate of that is part of the car's angular velocity."
-    ux, uy, uz = c[ROT + 1], c[ROT + 4], c[ROT + 7]
-    q = 18.0 * DT
-    vx, vy, vz = ux + (nx - ux) * q, uy + (ny - uy) * q, uz + (nz - uz) * q
-    set_axes(c, c[ROT + 2], c[ROT + 5], c[ROT + 8], vx, vy, vz)
-    c[ANG] = (uy * vz - uz * vy) / DT + c[YAW] * ux
-    c[ANG + 1] = (uz * vx - ux * vz) / DT + c[YAW] * uy
-    c[ANG + 2] = (ux * vy - uy * vx) / DT + c[YAW] * uz
+@njit(**INLINE)
+def set_axes(c, fwd, up):
+    "Store the rotation with up along `up` and forward near `fwd`; returns left, up, forward."
+    n = inverse_length(up)
+    up = (n * up[0], n * up[1], n * up[2])
+    fwd = plus(fwd, -dot(fwd, up), up)
+    n = inverse_length(fwd)
+    fwd = (n * fwd[0], n * fwd[1], n * fwd[2])
+    left = cross(up, fwd)
+    c[ROT], c[ROT + 3], c[ROT + 6] = left
+    c[ROT + 1], c[ROT + 4], c[ROT + 7] = up
+    c[ROT + 2], c[ROT + 5], c[ROT + 8] = fwd
+    return left, up, fwd
 
 # %% ../../nbs/world/10_car.ipynb #c0216b76
-@njit(cache=True, nogil=True)
-def rest_on(c, P, h, nx, ny, nz):
-    "Contact with the surface `h` m below the car: no deeper than it, no speed into it. Returns the speed lost, m/s."
-    if h < 0.0: c[POS] -= h * nx; c[POS + 1] -= h * ny; c[POS + 2] -= h * nz
-    vn = c[VEL] * nx + c[VEL + 1] * ny + c[VEL + 2] * nz
-    if h > 0.0 or vn > 0.0: return 0.0
-    c[VEL] -= vn * nx; c[VEL + 1] -= vn * ny; c[VEL + 2] -= vn * nz
-    return -vn
+@njit(**INLINE)
+def ahead(T, i, p):
+    "Metres of the point `p` ahead of the plane of section `i`."
+    return (p[0] - T.centre[i, 0]) * T.tangent[i, 0] + (p[1] - T.centre[i, 1]) * T.tangent[i, 1] + (p[2] - T.centre[i, 2]) * T.tangent[i, 2]
 
-@njit(cache=True, nogil=True)
-def hit_wall(c, T, i, lateral, h):
-    "Keep the car inside the wall of segment `i`, if there is one on that side and the car is not above it."
+@njit(**INLINE)
+def follow(T, lo, last, i, p):
+    "(segment, share of it) at `p`, walking from segment `i` at most 24 to each side."
+    a, b, steps = ahead(T, i, p), ahead(T, i + 1, p), 24
+    while b >= 0.0 and i < last and steps > 0:
+        i += 1; steps -= 1
+        a, b = b, ahead(T, i + 1, p)
+    while a < 0.0 and i > lo and steps > 0:
+        i -= 1; steps -= 1
+        a, b = ahead(T, i, p), a
+    return i, 0.0 if a <= 0.0 else 1.0 if b >= 0.0 else a / (a - b)
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def search(T, k, p, hint):
+    "The segment of track `k` at `p`, off the road near segment `hint`."
+    i, _, _, _ = locate(T.centre, T.tangent, T.left, T.up, T.s, T.half_width, T.verge, T.offset[k], T.offset[k + 1], p[0], p[1], p[2], hint)
+    return i
+
+@njit(**INLINE)
+def hit_wall(T, i, p, v, lateral, edge, h, road_left):
+    "(position, velocity, lateral) kept inside the wall of segment `i`, if there is one on that side and the car is not above it."
     side = 0 if lateral > 0.0 else 1
-    beyond = abs(lateral) - (T.half_width[i] + T.verge[i] - 1.0)
-    if beyond <= 0.0 or T.wall[i, side] <= 0.0 or h > T.wall[i, side] or h < -1.5: return lateral
+    beyond = abs(lateral) - (edge - 1.0)
+    if T.wall[i, side] <= 0.0 or h > T.wall[i, side] or h < -1.5: return p, v, lateral
     sign = 1.0 if side == 0 else -1.0
-    out = sign * (c[VEL] * T.left[i, 0] + c[VEL + 1] * T.left[i, 1] + c[VEL + 2] * T.left[i, 2])
-    keep = 1.0 - min(0.3, 0.02 * max(out, 0.0))
-    for k in range(3):
-        c[POS + k] -= sign * beyond * T.left[i, k]
-        if out > 0.0: c[VEL + k] = keep * (c[VEL + k] - 1.2 * sign * out * T.left[i, k])
-    return lateral - sign * beyond
+    out = sign * dot(v, road_left)
+    p = plus(p, -sign * beyond, road_left)
+    if out > 0.0:
+        keep = 1.0 - min(0.3, 0.02 * out)
+        v = plus(v, -1.2 * sign * out, road_left)
+        v = (keep * v[0], keep * v[1], keep * v[2])
+    return p, v, lateral - sign * beyond
 
-@njit(cache=True, nogil=True)
-def wheels(c, T, P, i, lateral, h, on, nx, ny, nz, impact):
+@njit(**INLINE)
+def wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, roll, impact):
     "Contact, material and damper of each wheel. Damper in m, 0.02 at rest, more when compressed."
-    lean = c[ROT] * nx + c[ROT + 3] * ny + c[ROT + 6] * nz
-    pitch = c[ROT + 2] * nx + c[ROT + 5] * ny + c[ROT + 8] * nz
-    across = c[ROT + 2] * T.left[i, 0] + c[ROT + 5] * T.left[i, 1] + c[ROT + 8] * T.left[i, 2]
-    roll = 0.0003 * c[YAW] * along(c, VEL, 2)
+    lean, pitch, across = dot(left, n), dot(fwd, n), dot(fwd, road_left)
+    road, half = float(T.surface[i]), T.half_width[i]
     for w in range(4):
         x = lateral + WHEEL_X[w] + WHEEL_Z[w] * across
         touches = on and h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch <= P.droop
         c[CONTACT + w] = 1.0 if touches else 0.0
-        if touches: c[MATERIAL + w] = float(T.surface[i]) if abs(x) <= T.half_width[i] else 2.0
+        if touches: c[MATERIAL + w] = road if abs(x) <= half else 2.0
         rest = 0.02 - roll * WHEEL_X[w] if touches else -0.02
-        c[DAMPER_V + w] += (400.0 * (rest - c[DAMPER + w]) - 28.0 * c[DAMPER_V + w]) * DT + (0.15 * impact if touches else 0.0)
-        c[DAMPER + w] = max(-0.1, min(0.25, c[DAMPER + w] + c[DAMPER_V + w] * DT))
+        speed = c[DAMPER_V + w] + (400.0 * (rest - c[DAMPER + w]) - 28.0 * c[DAMPER_V + w]) * DT + (0.15 * impact if touches else 0.0)
+        c[DAMPER_V + w] = speed
+        c[DAMPER + w] = clip(c[DAMPER + w] + speed * DT, -0.1, 0.25)
 
-@njit(cache=True, nogil=True)
-def touch(c, T, P):
+@njit(**INLINE)
+def touch(c, T, P, p, v, fwd, up, yaw, turn_rate):
     "Where the car is on its road, and what the road does to it."
     k = int(c[TRACK])
-    i, s, lateral, h = locate(T.centre, T.tangent, T.left, T.up, T.s, T.half_width, T.verge, T.offset[k], T.offset[k + 1],
-                              c[POS], c[POS + 1], c[POS + 2], int(c[SEGMENT]))
-    lateral = hit_wall(c, T, i, lateral, h)
-    edge = T.half_width[i] + T.verge[i]
+    lo, last = T.offset[k], T.offset[k + 1] - 2
+    i, t = follow(T, lo, last, min(max(int(c[SEGMENT]), lo), last), p)
+    road_left, n = mix(T.left, i, t), mix(T.up, i, t)
+    d = minus(p, mix(T.centre, i, t))
+    lateral, h, edge = dot(d, road_left), dot(d, n), T.half_width[i] + T.verge[i]
+    if abs(lateral) > edge - 1.0: p, v, lateral = hit_wall(T, i, p, v, lateral, edge, h, road_left)
     on = abs(lateral) <= edge and T.gap[i] == 0 and h > -1.5 and h <= P.droop
-    length, nx, ny, nz, impact = T.s[i + 1] - T.s[i], T.up[i, 0], T.up[i, 1], T.up[i, 2], 0.0
-    if length > 0.0:
-        t = min(1.0, max(0.0, (s - T.s[i]) / length))
-        nx += t * (T.up[i + 1, 0] - nx); ny += t * (T.up[i + 1, 1] - ny); nz += t * (T.up[i + 1, 2] - nz)
+    impact = 0.0
     if on:
-        impact = rest_on(c, P, h, nx, ny, nz)
-        settle(c, nx, ny, nz)
-    wheels(c, T, P, i, lateral, h, on, nx, ny, nz, impact)
+        if h < 0.0: p = plus(p, -h, n)
+        vn = dot(v, n)
+        if h <= 0.0 and vn < 0.0:
+            v = plus(v, -vn, n)
+            impact = -vn
+        before, q = up, 18.0 * DT
+        up = (up[0] + q * (n[0] - up[0]), up[1] + q * (n[1] - up[1]), up[2] + q * (n[2] - up[2]))
+        tilt = cross(before, up)
+        turn_rate = plus((tilt[0] / DT, tilt[1] / DT, tilt[2] / DT), yaw, before)
+    left, up, fwd = set_axes(c, fwd, up)
+    if not on: yaw = dot(turn_rate, up)
+    wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, 0.0003 * yaw * dot(v, fwd), impact)
     if abs(lateral) > edge + 0.5 or h < -2.5: c[OFF] = 1.0
-    if c[POS + 1] < T.ground_y[k]: fall_on_ground(c, T.ground_y[k])
-    c[SEGMENT], c[S], c[LATERAL], c[HEIGHT] = i, s, lateral, h
-
-@njit(cache=True, nogil=True)
-def fall_on_ground(c, y):
-    "The end of a fall: the car lies on the plane below the track and stops."
-    c[POS + 1], c[OFF] = y, 1.0
-    for k in range(3): c[VEL + k] *= 0.9; c[ANG + k] *= 0.9
-    c[VEL + 1] = max(0.0, c[VEL + 1])
+    if p[1] < T.ground_y[k]:
+        p, c[OFF] = (p[0], T.ground_y[k], p[2]), 1.0
+        v = (0.9 * v[0], max(0.0, 0.9 * v[1]), 0.9 * v[2])
+    store(c, POS, p)
+    store(c, VEL, v)
+    store(c, ANG, turn_rate)
+    c[YAW], c[SEGMENT], c[S], c[LATERAL], c[HEIGHT] = yaw, i, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h
 
 # %% ../../nbs/world/10_car.ipynb #2b3c96f8
 GEAR_KMH = np.array([0.0, 100.0, 165.0, 240.0, 320.0, 480.0])  # upper end of reverse and of gears 1 … 5
-@njit(cache=True, nogil=True)
-def engine(c, gas):
+@njit(**INLINE)
+def engine(c, vz, gas):
     "Gear (0 is reverse), shifting and rpm."
-    kmh = 3.6 * along(c, VEL, 2)
+    kmh = 3.6 * vz
     gear = int(c[GEAR])
     want = gear
     if kmh < -2.0: want = 0
@@ -292,38 +313,38 @@ def engine(c, gas):
     c[RPM] += 0.15 * (min(target, 11000.0) - c[RPM])
 
 # %% ../../nbs/world/10_car.ipynb #d45c3e7d
-@njit(cache=True, nogil=True)
+@njit(**INLINE)
 def tick(c, T, P, steer, gas, brake):
     "Advance the row `c` by 10 ms on the packed tracks `T` with parameters `P`; steer −1…1 (right positive), gas and brake 0…1."
     c[STEER], c[GAS], c[BRAKE] = steer, gas, brake
-    c[STEERED] += max(-P.steer_slew * DT, min(P.steer_slew * DT, steer - c[STEERED]))
-    c[VEL + 1] -= P.gravity * DT
+    steered = c[STEERED] + clip(steer - c[STEERED], -P.steer_slew * DT, P.steer_slew * DT)
+    c[STEERED] = steered
+    left, up, fwd = axis(c, 0), axis(c, 1), axis(c, 2)
+    v = (c[VEL], c[VEL + 1] - P.gravity * DT, c[VEL + 2])
     if c[CONTACT] + c[CONTACT + 1] + c[CONTACT + 2] + c[CONTACT + 3] > 0.0:
-        ground_forces(c, P, gas, brake)
-        move(c, c[YAW] * c[ROT + 1], c[YAW] * c[ROT + 4], c[YAW] * c[ROT + 7])
+        v, yaw, vz = ground_forces(c, P, v, left, fwd, steered, gas, brake)
+        w = load(c, ANG)
+        fwd = plus(plus(fwd, yaw * DT, left), -0.5 * yaw * yaw * DT * DT, fwd)
     else:
-        air_forces(c, P, brake)
-        move(c, c[ANG], c[ANG + 1], c[ANG + 2])
-    touch(c, T, P)
-    engine(c, gas)
+        w, yaw, vz = air_forces(c, P, brake), 0.0, dot(v, fwd)
+        fwd, up = plus(fwd, DT, cross(w, fwd)), plus(up, DT, cross(w, up))
+    touch(c, T, P, plus(load(c, POS), DT, v), v, fwd, up, yaw, w)
+    engine(c, vz, gas)
     c[TIME] += 10.0
 
 @njit(cache=True, nogil=True)
 def place_car(c, T, track, s, lateral, heading, speed):
     "Put the row `c` on `track` at metres `s` of its road, `lateral` m to the left, turned `heading` rad to the left, at `speed` m/s forward."
-    c[:] = 0.0
-    lo, hi = T.offset[track], T.offset[track + 1]
-    i = min(max(lo, lo + np.searchsorted(T.s[lo:hi], s) - 1), hi - 2)
+    for k in range(len(c)): c[k] = 0.0
+    lo, last = T.offset[track], T.offset[track + 1] - 2
+    i = lo
+    while i < last and T.s[i + 1] < s: i += 1
     t = (s - T.s[i]) / max(1e-9, T.s[i + 1] - T.s[i])
     cs, sn = math.cos(heading), math.sin(heading)
-    f, u = np.empty(3), np.empty(3)
-    for k in range(3):
-        left = T.left[i, k] + t * (T.left[i + 1, k] - T.left[i, k])
-        u[k] = T.up[i, k] + t * (T.up[i + 1, k] - T.up[i, k])
-        f[k] = cs * (T.tangent[i, k] + t * (T.tangent[i + 1, k] - T.tangent[i, k])) + sn * left
-        c[POS + k] = T.centre[i, k] + t * (T.centre[i + 1, k] - T.centre[i, k]) + lateral * left
-    set_axes(c, f[0], f[1], f[2], u[0], u[1], u[2])
-    for k in range(3): c[VEL + k] = speed * c[ROT + 3 * k + 2]
+    road_left, tangent = mix(T.left, i, t), mix(T.tangent, i, t)
+    store(c, POS, plus(mix(T.centre, i, t), lateral, road_left))
+    _, _, fwd = set_axes(c, plus((cs * tangent[0], cs * tangent[1], cs * tangent[2]), sn, road_left), mix(T.up, i, t))
+    store(c, VEL, (speed * fwd[0], speed * fwd[1], speed * fwd[2]))
     c[TRACK], c[SEGMENT], c[S], c[LATERAL], c[RPM], c[GEAR] = track, i, s, lateral, 2000.0, 1.0
     while c[GEAR] < 5.0 and 3.6 * speed > GEAR_KMH[int(c[GEAR])]: c[GEAR] += 1.0
     for w in range(4):
@@ -336,7 +357,7 @@ def drive_ticks(c, T, P, controls, out):
     "Drive one row with `controls` (n, 3) steer, gas, brake, one per tick; its row after each tick goes to `out` (n, columns)."
     for i in range(len(controls)):
         tick(c, T, P, controls[i, 0], controls[i, 1], controls[i, 2])
-        out[i] = c
+        for k in range(len(c)): out[i, k] = c[k]
 
 def new_cars(n, columns=N_CAR): return np.zeros((n, columns))
 
