@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FLOAT_SLICES', 'N_FLOATS', 'PIXEL_FLOATS', 'MARGIN_M', 'ZONES_APART', 'ZONES_AHEAD', 'FLOAT_MEAN', 'FLOAT_STD',
-           'COLUMN', 'N_COLUMNS', 'LINE_BEFORE', 'LINE_AFTER', 'MAX_ZONE_DISTANCE_M', 'MATERIAL_GROUP', 'NEEDS',
-           'float_statistics', 'state_columns', 'pack_rows', 'row_fields', 'zone_metres', 'squared_distance',
-           'advance_zone', 'metres_in_zone', 'follow_zones', 'follow_line', 'to_car_frame', 'float_row', 'fill_rows',
-           'known_floats', 'float_vectors']
+           'COLUMN', 'N_COLUMNS', 'LINE_BEFORE', 'LINE_AFTER', 'MAX_ZONE_DISTANCE_M', 'MAX_ZONE_M2', 'MATERIAL_GROUP',
+           'NEEDS', 'float_statistics', 'state_columns', 'pack_rows', 'row_fields', 'zone_metres', 'squared_distance',
+           'advance_zone', 'along_axis', 'metres_in_zone', 'follow_zones', 'follow_line', 'road_points', 'road_column',
+           'to_car_frame', 'road_row', 'float_row', 'fill_rows', 'known_floats', 'float_vectors']
 
 # %% ../../nbs/replays/60_floats.ipynb #3da66eae
 import numpy as np
@@ -65,6 +65,7 @@ def row_fields(rows):
 
 # %% ../../nbs/replays/60_floats.ipynb #31901543
 LINE_BEFORE, LINE_AFTER, MAX_ZONE_DISTANCE_M = 20, 1000, 45.0007
+MAX_ZONE_M2 = MAX_ZONE_DISTANCE_M ** 2
 
 def zone_metres(points):
     "Metres at the midpoint after each point of an extended line (N, 3), (N,); 0 is the line's own first point."
@@ -73,19 +74,19 @@ def zone_metres(points):
     first = m[LINE_BEFORE - 1] + np.linalg.norm(points[LINE_BEFORE] - mid[LINE_BEFORE - 1])
     return m - first
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def squared_distance(points, i, x, y, z):
     "m² between point `i` and (x, y, z)."
     dx, dy, dz = points[i, 0] - x, points[i, 1] - y, points[i, 2] - z
     return dx * dx + dy * dy + dz * dz
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def advance_zone(points, lo, hi, zone, x, y, z):
     "The zone (index into `points`) after the car moved to (x, y, z); `lo` … `hi` - 1 are the extended line's points."
     d = squared_distance(points, zone, x, y, z)
-    while zone < hi - 1 - 1000:
+    while zone < hi - 1 - LINE_AFTER:
         nxt = squared_distance(points, zone + 1, x, y, z)
-        if nxt > d or nxt > 45.0007 * 45.0007: break
+        if nxt > d or nxt > MAX_ZONE_M2: break
         zone, d = zone + 1, nxt
     while zone > lo + 1:
         back = squared_distance(points, zone - 1, x, y, z)
@@ -93,19 +94,22 @@ def advance_zone(points, lo, hi, zone, x, y, z):
         zone, d = zone - 1, back
     return zone
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
+def along_axis(points, zone, k, at):
+    "Part along axis `k` of the product of the zone's extent and the way from its start to the car, which is `at` on that axis."
+    a = 0.5 * (points[zone - 1, k] + points[zone, k])
+    b = 0.5 * (points[zone, k] + points[zone + 1, k])
+    return (at - a) * (b - a)
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def metres_in_zone(points, metres, zone, x, y, z):
     "Metres along the line for a car in `zone` at (x, y, z); `metres` from `zone_metres`, of the same line."
     length = metres[zone] - metres[zone - 1]
     if length <= 0.0: return metres[zone]
-    along = 0.0
-    for k in range(3):
-        a = 0.5 * (points[zone - 1, k] + points[zone, k])
-        b = 0.5 * (points[zone, k] + points[zone + 1, k])
-        along += ((x, y, z)[k] - a) * (b - a)
+    along = along_axis(points, zone, 0, x) + along_axis(points, zone, 1, y) + along_axis(points, zone, 2, z)
     return metres[zone - 1] + min(max(along / length, 0.0), length)
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def follow_zones(points, metres, position, zone, zones, progress):
     "Fill `zones` and `progress` (n,) for a trajectory `position` (n, 3) that begins in `zone`."
     for i in range(len(position)):
@@ -118,6 +122,19 @@ def follow_line(points, position, zone=None):
     follow_zones(points, zone_metres(points), np.ascontiguousarray(position, np.float64), LINE_BEFORE if zone is None else zone, zones, progress)
     return zones, progress
 
+# %% ../../nbs/replays/60_floats.ipynb #be553cdd
+def road_points(points):
+    """`(ahead (3, 20·R) float32, R)`: the points (N, 3) of an extended line, those that are 20 apart in sequence. A car in zone z sees the 40 columns from
+    `road_column(z, R)` on; past the end of the line its last point is repeated. float32 rounds by 0.03 mm at 500 m, 0.06 mm at 1000 m."""
+    per_phase = -(-len(points) // ZONES_APART) + ZONES_AHEAD
+    index = np.arange(ZONES_APART)[:, None] + ZONES_APART * np.arange(per_phase)
+    return np.ascontiguousarray(np.asarray(points)[np.minimum(index, len(points) - 1).ravel()].T, np.float32), per_phase
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def road_column(zone, per_phase):
+    "Column of `road_points` where the road ahead of `zone` (0 is the line's first point) begins."
+    return (zone % ZONES_APART) * per_phase + zone // ZONES_APART
+
 # %% ../../nbs/replays/60_floats.ipynb #2b64baee
 # contact groups: asphalt-like, grass, dirt, turbo; every other material is a fifth group coded as four zeros
 MATERIAL_GROUP = np.full(32, 4, np.int64)
@@ -127,17 +144,32 @@ _POS, _VEL, _ROT, _ANG = COLUMN["position"], COLUMN["velocity"], COLUMN["rotatio
 _SLIDE, _CONTACT, _DAMPER, _MATERIAL = COLUMN["wheel_sliding"], COLUMN["wheel_contact"], COLUMN["wheel_damper"], COLUMN["wheel_material"]
 _GEAR, _GEARBOX, _SHIFT, _RPM, _FREE = COLUMN["gear"], COLUMN["gearbox_state"], COLUMN["shift_steps"], COLUMN["rpm"], COLUMN["freewheeling"]
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def to_car_frame(row, x, y, z, out, at):
     "Write the world vector (x, y, z) in the frame of the car `row` to out[at : at + 3]."
     for k in range(3): out[at + k] = row[_ROT + k] * x + row[_ROT + 3 + k] * y + row[_ROT + 6 + k] * z
 
-@njit(cache=True, nogil=True)
-def float_row(row, previous, points, zone, margin_m, out):
-    "Fill `out` (184,) from a car's `row`, its `previous` 5 actions (oldest first), the extended line's `points`, its `zone` and the metres to the finish."
+@njit(cache=True, nogil=True, error_model="numpy")
+def road_row(row, ahead, column, out):
+    "Fill out[62:182] with the 40 points of `ahead` (3, A) from `column` on, in the frame of the car `row`."
+    f = np.float32
+    px, py, pz = f(row[_POS]), f(row[_POS + 1]), f(row[_POS + 2])
+    xx, xy, xz, yx, yy, yz, zx, zy, zz = (f(row[_ROT]), f(row[_ROT + 1]), f(row[_ROT + 2]), f(row[_ROT + 3]), f(row[_ROT + 4]), f(row[_ROT + 5]),
+                                          f(row[_ROT + 6]), f(row[_ROT + 7]), f(row[_ROT + 8]))
+    for k in range(ZONES_AHEAD):
+        x, y, z = ahead[0, column + k] - px, ahead[1, column + k] - py, ahead[2, column + k] - pz
+        out[62 + 3 * k] = xx * x + yx * y + zx * z
+        out[63 + 3 * k] = xy * x + yy * y + zy * z
+        out[64 + 3 * k] = xz * x + yz * y + zz * z
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def float_row(row, history, first, ahead, column, margin_m, out):
+    """Fill `out` (184,) from a car's `row`, its last 5 actions (oldest first) in `history[first : first + 5]`, the road ahead (`road_points`, `road_column`)
+    and the metres to the finish."""
     out[0] = 0.0
     for a in range(5):
-        for k in range(4): out[1 + 4 * a + k] = _KEYS[previous[a], k]
+        action = int(history[first + a])
+        for k in range(4): out[1 + 4 * a + k] = _KEYS[action, k]
     for w in range(4):
         out[21 + w], out[25 + w], out[29 + w] = row[_SLIDE + w], row[_CONTACT + w], row[_DAMPER + w]
         group = MATERIAL_GROUP[int(row[_MATERIAL + w]) & 31]
@@ -145,16 +177,14 @@ def float_row(row, previous, points, zone, margin_m, out):
     out[33], out[34], out[35], out[36] = row[_GEARBOX], row[_GEAR], row[_RPM], row[_SHIFT]
     to_car_frame(row, row[_ANG], row[_ANG + 1], row[_ANG + 2], out, 53)
     to_car_frame(row, row[_VEL], row[_VEL + 1], row[_VEL + 2], out, 56)
-    to_car_frame(row, 0.0, 1.0, 0.0, out, 59)
-    for k in range(40):
-        p = min(zone + 20 * k, len(points) - 1)
-        to_car_frame(row, points[p, 0] - row[_POS], points[p, 1] - row[_POS + 1], points[p, 2] - row[_POS + 2], out, 62 + 3 * k)
-    out[182], out[183] = min(700.0, margin_m), row[_FREE]
+    for k in range(3): out[59 + k] = row[_ROT + 3 + k]
+    road_row(row, ahead, column, out)
+    out[182], out[183] = min(MARGIN_M, margin_m), row[_FREE]
 
-@njit(cache=True, nogil=True)
-def fill_rows(rows, previous, points, zone, margin_m, out):
+@njit(cache=True, nogil=True, error_model="numpy")
+def fill_rows(rows, previous, ahead, per_phase, zone, margin_m, out):
     "`float_row` for each car."
-    for i in range(len(rows)): float_row(rows[i], previous[i], points, zone[i], margin_m[i], out[i])
+    for i in range(len(rows)): float_row(rows[i], previous[i], 0, ahead, road_column(zone[i], per_phase), margin_m[i], out[i])
 
 # %% ../../nbs/replays/60_floats.ipynb #c4c02101
 NEEDS = dict(wheel_sliding=("wheel_sliding",), wheel_contact=("wheel_contact",), wheel_damper=("wheel_damper",), gearbox_state=("gearbox_state",), gear=("gear",),
@@ -179,7 +209,7 @@ def float_vectors(state, line_points=None, zone=None, margin_m=None, previous_ac
     if previous.shape != (n, 5) or ((previous < 0) | (previous >= len(ACTIONS))).any(): raise ValueError("previous_actions: expected (n, 5) indices 0 … 11")
     if line and n and not (0 <= zone.min() and zone.max() < len(points)): raise ValueError(f"zone outside the line's {len(points)} points")
     out = np.empty((n, N_FLOATS), np.float32)
-    fill_rows(pack_rows(state), previous, points, zone, margin, out)
+    fill_rows(pack_rows(state), previous, *road_points(points), zone, margin, out)
     out[:, 0] = mini_race
     mask = known_floats(state.known, line, previous_actions is not None)
     out[:, ~mask] = FLOAT_MEAN[~mask]
