@@ -128,6 +128,7 @@ def times(s, a): return s * a[0], s * a[1], s * a[2]
 @njit(**INLINE)
 def clip(x, lo, hi): return lo if x < lo else hi if x > hi else x
 
+# %% ../../nbs/world/10_car.ipynb #825d1780
 @njit(**INLINE)
 def at_speed(table, kmh):
     "Linear look-up in a table with one value per km/h."
@@ -303,7 +304,7 @@ def hit_wall(T, P, i, p, v, yaw, lateral, h, fwd, left, road_left):
     v, yaw = bounce(P, v, yaw, fwd, left, m)
     return plus(p, depth, m), pay(P, v, depth * m[1]), yaw
 
-# %% ../../nbs/world/10_car.ipynb #501f4a18
+# %% ../../nbs/world/10_car.ipynb #e97d19d8
 @njit(**INLINE)
 def has_island(T, i): return T.island[i, 0] > T.island[i, 1]
 
