@@ -54,7 +54,7 @@ def test_the_table_names_targets_and_the_machine():
 
 
 def test_the_recorded_cars_drive():
-    "Replayed without the expert they are still fast, and go on from the beginning of the recording when its end is reached."
+    "Replayed from their keys they are still fast, and go on from the beginning of the recording when its end is reached."
     drive = record_drive([generate_track(k, "hilly", 10) for k in range(2)], 16, threads=1)
     replaying = Replaying(drive, image_size=None, threads=1)
     for _ in range(2 * len(drive.actions)): replaying.decisions_per_s(1e-9)

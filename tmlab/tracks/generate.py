@@ -8,12 +8,12 @@ __all__ = ['VERSION', 'Family', 'FAMILIES', 'ENGINE_MPS', 'ENGINE_MPS2', 'SIDE_G
            'JUMP_RADIUS', 'JUMP_HALF_M', 'LANDING_HALF_M', 'DIP_M', 'RAMP', 'SLOWEST', 'FASTEST', 'ASIDE_M',
            'MOST_DROP_M', 'LEAST_DROP_M', 'MOST_MPS', 'Detour', 'ISLAND_HALF_M', 'SPLIT_HALF_M', 'NOSE_M', 'WIDEN_M',
            'FEATURES', 'FEATURE_EVERY_S', 'LOOP_CHANCE', 'DIRT_CHANCE', 'PAD_CHANCE', 'PAD_M', 'CLEAR_M', 'HILL_SHARE',
-           'BRIDGE_SHARE', 'HEADROOM_M', 'PLATEAU_M', 'WALL_M', 'GATE_CLEAR_M', 'stretch', 'straight', 'corner',
-           'draw_corner', 'lay', 'lap_speed', 'lap_seconds', 'clear_of', 'clearance_m', 'crossing', 'ease',
+           'BRIDGE_SHARE', 'HEADROOM_M', 'PLATEAU_M', 'WALL_M', 'AXIS_M', 'GATE_CLEAR_M', 'stretch', 'straight',
+           'corner', 'draw_corner', 'lay', 'lap_speed', 'lap_seconds', 'clear_of', 'clearance_m', 'crossing', 'ease',
            'meets_axis', 'draw_detour', 'take_off', 'touch_down', 'fall_m', 'flight_m', 'jump_slopes', 'hermite_slope',
            'jump_drop', 'jump', 'jump_widths', 'jump_flight', 'two_line', 'draw_piece', 'draw_loop', 'draw_plan',
            'take_up', 'finish_metre', 'draw_height', 'smooth', 'bump', 'headroom_m', 'lift_bridges', 'generate_track',
-           'runs', 'shape_track', 'draw_walls', 'race_line', 'arc', 'draw_gates']
+           'runs', 'shape_track', 'draw_walls', 'race_line', 'onto_axis', 'arc', 'draw_gates']
 
 # %% ../../nbs/tracks/90_generate.ipynb #c9ec4272
 import math
@@ -244,6 +244,7 @@ def jump_flight(piece, detour, flight):
     piece["flight"][up:down] = 1
     ground, side = np.r_[detour.first:up + 1, down:detour.end], -np.sign(piece["curvature"][detour.first + 5])
     piece["line"][ground] = side * lateral[ground]
+    piece["line"][up:(up + down) // 2], piece["line"][(up + down) // 2:down] = side * lateral[up], side * lateral[down]
     piece["race"][detour.first:detour.end] = 0
     piece["weight"][ground] = np.gradient(z)[ground]
     piece["weight"][up:down] = np.clip(z[down] - z[up] - np.arange(down - up), 0, 1)
@@ -431,13 +432,24 @@ def draw_walls(curvature, family, height_m=WALL_M):
 
 def race_line(road, start, finish, lateral, flights):
     "Reference line from `start` to `finish` m, `lateral` (N,) m to the left of the centre, through the air in `flights` [((from, to), m/s), …], by the public rule."
-    s = np.r_[start, road.s[(road.s > start) & (road.s < finish)], finish]
-    on_road = lambda s: (lambda c, t, l, u: c + l * np.interp(s, road.s, lateral)[:, None])(*road.frame(s))
-    points = on_road(s)
+    ends = [x for (a, b), _ in flights for x in (a, b)]
+    s = np.unique(np.r_[start, road.s[(road.s > start) & (road.s < finish)], ends, finish])
+    centre, _, left, _ = road.frame(s)
+    points = centre + left * np.interp(s, road.s, lateral)[:, None]
     for (a, b), mps in flights[::-1]:
-        before, after = np.flatnonzero(s < a)[-1] + 1, np.flatnonzero(s > b)[0]
-        points = np.concatenate([points[:before], arc(*on_road(np.array([a, b])), mps), points[after:]])
+        near = np.flatnonzero((s > a - AXIS_M) & (s < b + AXIS_M))
+        points[near] = onto_axis(points[near], *road.frame(a - AXIS_M)[:2])
+        i, j = np.searchsorted(s, [a, b])
+        points = np.concatenate([points[:i], arc(points[i], points[j], mps), points[j + 1:]])
     return ReferenceLine(np.round(resample(points), 4))
+
+AXIS_M = 45.0  # from a takeoff back, and from a landing on, to where the road lies on the axis of the jump
+
+def onto_axis(points, centre, tangent):
+    "`points` (n, 3) moved sideways onto the vertical plane through `centre` (1, 3) along `tangent` (1, 3); the sections of a tight corner are coarse at its edge."
+    across = np.cross([0.0, 1.0, 0.0], tangent[0])
+    across /= np.linalg.norm(across)
+    return points - ((points - centre) @ across)[:, None] * across
 
 def arc(p, q, mps):
     "Points (n, 3) about 1 m apart of a flight from `p` to `q` at `mps`."

@@ -10,9 +10,10 @@ __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING
            'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH',
            'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3', 'between',
            'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels', 'forward_change', 'turn',
-           'ground_forces', 'air_forces', 'through_air', 'inverse_length', 'set_axes', 'settle', 'ahead', 'follow',
-           'frame', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island', 'island_near', 'is_solid', 'hit_island', 'land',
-           'wheels', 'touch', 'lie', 'engine', 'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
+           'ground_forces', 'air_forces', 'through_air', 'inverse_root', 'set_axes', 'settle', 'ahead', 'follow',
+           'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island', 'island_near', 'is_solid', 'island_faces',
+           'face_hit', 'hit_island', 'land', 'wheels', 'collide', 'touch', 'lie', 'engine', 'pressed', 'tick',
+           'place_car', 'drive_ticks', 'new_cars', 'car_states']
 
 # %% ../../nbs/world/10_car.ipynb #37a40c95
 import math
@@ -215,17 +216,19 @@ def through_air(P, v):
 
 # %% ../../nbs/world/10_car.ipynb #cdbcb052
 @njit(**INLINE)
-def inverse_length(a):
-    "1 / |a|; by its series where |a| is nearly 1."
-    x = dot(a, a) - 1.0
-    return 1.0 - x * (0.5 - 0.375 * x) if abs(x) < 4e-4 else 1.0 / math.sqrt(1.0 + x)
+def inverse_root(x):
+    "1 / √x; by its series where x is nearly 1."
+    d = x - 1.0
+    return 1.0 - d * (0.5 - 0.375 * d) if abs(d) < 4e-4 else 1.0 / math.sqrt(x)
 
 @njit(**INLINE)
 def set_axes(c, fwd, up):
-    "Store the rotation with up along `up` and forward near `fwd`; returns left, up, forward."
-    up = times(inverse_length(up), up)
-    fwd = plus(fwd, -dot(fwd, up), up)
-    fwd = times(inverse_length(fwd), fwd)
+    "Store the rotation with up along `up` and forward near `fwd`; returns left, up, forward. Both lengths come from the three products, side by side."
+    uu, fu, ff = dot(up, up), dot(fwd, up), dot(fwd, fwd)
+    a = inverse_root(uu)
+    lean = fu * a * a
+    fwd = times(inverse_root(ff - fu * lean), plus(fwd, -lean, up))
+    up = times(a, up)
     left = cross(up, fwd)
     c[ROT], c[ROT + 3], c[ROT + 6] = left
     c[ROT + 1], c[ROT + 4], c[ROT + 7] = up
@@ -258,10 +261,11 @@ def follow(T, lo, last, i, p, steps):
     return i, 0.0 if a <= 0.0 else 1.0 if b >= 0.0 else a / (a - b), held
 
 @njit(**INLINE)
-def frame(T, i, t, p):
-    "(left, normal, metres to the left, metres above) of `p` from the road at `t` of segment `i`."
+def find(T, lo, last, i, p, steps):
+    "(segment, share of it, whether `p` is between its planes, the road's left, its normal, metres to the left, metres above) of `p`, from segment `i` on."
+    i, t, held = follow(T, lo, last, i, p, steps)
     left, n, d = between(T.left, i, t), between(T.up, i, t), plus(p, -1.0, between(T.centre, i, t))
-    return left, n, dot(d, left), dot(d, n)
+    return i, t, held, left, n, dot(d, left), dot(d, n)
 
 @njit(**INLINE)
 def reach(fwd, left, direction):
@@ -269,7 +273,7 @@ def reach(fwd, left, direction):
     along = dot(fwd, direction)
     return SIDE * abs(dot(left, direction)) + (NOSE * along if along > 0.0 else -TAIL * along)
 
-# %% ../../nbs/world/10_car.ipynb #7ee0a1a8
+# %% ../../nbs/world/10_car.ipynb #c604a416
 RARE = dict(INLINE, forceinline=False)
 SLACK_M = 0.3  # how deep a car may have been in a surface before and still count as coming from outside
 
@@ -288,17 +292,18 @@ def pay(P, v, rise):
 
 @njit(**RARE)
 def hit_wall(T, P, i, p, v, yaw, lateral, h, fwd, left, road_left):
-    "(position, velocity, yaw rate, lateral) of a car kept on its side of the wall of segment `i`, where there is one and the car is not above it."
+    "(position, velocity, yaw rate) of a car kept on its side of the wall of segment `i`, where there is one and the car is not above it."
     side, sign = (0, 1.0) if lateral > 0.0 else (1, -1.0)
-    if T.wall[i, side] <= max(h, 0.0) or h < -1.0: return p, v, yaw, lateral
+    if T.wall[i, side] <= max(h, 0.0) or h < -1.0: return p, v, yaw
     inside = T.half_width[i] + T.verge[i] - abs(lateral)
     if inside + sign * dot(v, road_left) * DT < 0.0: sign, inside = -sign, -inside  # it comes from behind the wall
     m = times(-sign, road_left)
     depth = reach(fwd, left, times(-1.0, m)) - inside
-    if depth <= 0.0: return p, v, yaw, lateral
+    if depth <= 0.0: return p, v, yaw
     v, yaw = bounce(P, v, yaw, fwd, left, m)
-    return plus(p, depth, m), pay(P, v, depth * m[1]), yaw, lateral - sign * depth
+    return plus(p, depth, m), pay(P, v, depth * m[1]), yaw
 
+# %% ../../nbs/world/10_car.ipynb #501f4a18
 @njit(**INLINE)
 def has_island(T, i): return T.island[i, 0] > T.island[i, 1]
 
@@ -310,94 +315,107 @@ def island_near(T, lo, last, i):
 @njit(**INLINE)
 def is_solid(T, lo, last, i): return lo <= i <= last and has_island(T, i) and has_island(T, i + 1) and T.gap[i] == 0
 
+@njit(**INLINE)
+def island_faces(T, i, s):
+    "(left face, its slope, right face, its slope) of segment `i`'s island at `s`, metres to the left and metres per metre."
+    length = max(1e-9, T.s[i + 1] - T.s[i])
+    way, slope_l, slope_r = clip(s - T.s[i], 0.0, length), (T.island[i + 1, 0] - T.island[i, 0]) / length, (T.island[i + 1, 1] - T.island[i, 1]) / length
+    return T.island[i, 0] + way * slope_l, slope_l, T.island[i, 1] + way * slope_r, slope_r
+
+@njit(**RARE)
+def face_hit(T, lo, last, j, s, box, way, road_left, tangent):
+    """(depth in m, normal) of the face of island segment `j` through which a car came at `s`; depth 0 is none. `box`: the car's right, left, back and front
+    end in metres to the left and along the road; `way`: to the left and along in the last tick."""
+    face_l, slope_l, face_r, slope_r = island_faces(T, j, s)
+    left, right, front, back = face_l - box[0], box[1] - face_r, box[3] - T.s[j], T.s[j + 1] - box[2]
+    if min(min(left, right), min(front, back)) <= 0.0: return 0.0, tangent
+    from_left, from_right = min(left, left + way[0]) < SLACK_M, min(right, right - way[0]) < SLACK_M
+    if not (from_left or from_right):
+        if front - way[1] < SLACK_M and not is_solid(T, lo, last, j - 1): return front, times(-1.0, tangent)
+        if back + way[1] < SLACK_M and not is_solid(T, lo, last, j + 1): return back, tangent
+    depth, slope, sign = (left, slope_l, 1.0) if from_left or not from_right and left < right else (right, slope_r, -1.0)
+    cosine = 1.0 / math.sqrt(1.0 + slope * slope)
+    return depth * cosine, times(sign * cosine, plus(road_left, -slope, tangent))
+
 @njit(**RARE)
 def hit_island(T, P, lo, last, i, p, v, yaw, s, lateral, h, fwd, left, road_left, n):
     "(position, velocity, yaw rate, height of the ground) of a car at `s` that an island may stop, deflect or carry."
     tangent = row3(T.tangent, i)
-    across, along = dot(v, road_left) * DT, dot(v, tangent) * DT
-    above = h - dot(v, n) * DT > ISLAND_HEIGHT - SLACK_M
-    if h < -1.0 or h > ISLAND_HEIGHT and not is_solid(T, lo, last, i): return p, v, yaw, 0.0
-    nose, tail = s + reach(fwd, left, tangent), s - reach(fwd, left, times(-1.0, tangent))
-    high, low = lateral + reach(fwd, left, road_left), lateral - reach(fwd, left, times(-1.0, road_left))
+    if h - dot(v, n) * DT > ISLAND_HEIGHT - SLACK_M:
+        face_l, _, face_r, _ = island_faces(T, i, s)
+        return p, v, yaw, ISLAND_HEIGHT if is_solid(T, lo, last, i) and face_r <= lateral <= face_l else 0.0
+    if h < -1.0 or h > ISLAND_HEIGHT: return p, v, yaw, 0.0
+    box = (lateral - reach(fwd, left, times(-1.0, road_left)), lateral + reach(fwd, left, road_left), s - reach(fwd, left, times(-1.0, tangent)), s + reach(fwd, left, tangent))
+    way = (dot(v, road_left) * DT, dot(v, tangent) * DT)
     for j in range(max(lo, i - 8), min(last, i + 8) + 1):
-        if not is_solid(T, lo, last, j) or nose <= T.s[j] or tail >= T.s[j + 1]: continue
-        length = max(1e-9, T.s[j + 1] - T.s[j])
-        t, slope_l, slope_r = clip((s - T.s[j]) / length, 0.0, 1.0), (T.island[j + 1, 0] - T.island[j, 0]) / length, (T.island[j + 1, 1] - T.island[j, 1]) / length
-        face_l, face_r = T.island[j, 0] + t * slope_l * length, T.island[j, 1] + t * slope_r * length
-        if above:
-            if j == i and face_r <= lateral <= face_l: return p, v, yaw, ISLAND_HEIGHT
-            continue
-        if low >= face_l or high <= face_r: continue
-        front, back = nose - T.s[j], T.s[j + 1] - tail  # depths, now; less the last tick's way: before
-        if face_l - low + across < SLACK_M or face_l - low < SLACK_M: depth, slope, sign = face_l - low, slope_l, 1.0
-        elif high - face_r - across < SLACK_M or high - face_r < SLACK_M: depth, slope, sign = high - face_r, slope_r, -1.0
-        elif front - along < SLACK_M and not is_solid(T, lo, last, j - 1):
-            v, yaw = bounce(P, v, yaw, fwd, left, times(-1.0, tangent))
-            return plus(p, -front, tangent), v, yaw, 0.0
-        elif back + along < SLACK_M and not is_solid(T, lo, last, j + 1):
-            v, yaw = bounce(P, v, yaw, fwd, left, tangent)
-            return plus(p, back, tangent), v, yaw, 0.0
-        else: depth, slope, sign = (face_l - low, slope_l, 1.0) if face_l - low < high - face_r else (high - face_r, slope_r, -1.0)
-        m = times(sign / math.sqrt(1.0 + slope * slope), plus(road_left, -slope, tangent))
-        v, yaw = bounce(P, v, yaw, fwd, left, m)
-        return plus(p, sign * depth, road_left), pay(P, v, sign * depth * road_left[1]), yaw, 0.0
+        if not is_solid(T, lo, last, j): continue
+        depth, m = face_hit(T, lo, last, j, s, box, way, road_left, tangent)
+        if depth > 0.0:
+            v, yaw = bounce(P, v, yaw, fwd, left, m)
+            return plus(p, depth, m), pay(P, v, depth * m[1]), yaw, 0.0
     return p, v, yaw, 0.0
 
-# %% ../../nbs/world/10_car.ipynb #6a730c03
+# %% ../../nbs/world/10_car.ipynb #221f2541
 @njit(**INLINE)
 def land(P, p, v, n, h):
-    "(position, velocity, impact m/s) of a car `h` m above a surface that carries it: no deeper than it, no speed into it."
+    "(position, velocity) of a car `h` m above a surface that carries it: no deeper than it, no speed into it."
+    if h > 0.0: return p, v
     vn = dot(v, n)
-    if h > 0.0: return p, v, 0.0
-    p, impact, before = plus(p, -h, n), 0.0, h - vn * DT
-    if vn < 0.0: v, impact = plus(v, -vn, n), -vn
-    return p, pay(P, v, -before * n[1]) if before < -0.02 else v, impact
+    before = h - vn * DT
+    if vn < 0.0: v = plus(v, -vn, n)
+    return plus(p, -h, n), pay(P, v, -before * n[1]) if before < -0.02 else v
 
 @njit(**INLINE)
 def wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, roll, impact):
     "Contact, material and damper of each wheel. Damper in m, 0.02 at rest, more when compressed."
     lean, pitch, across = dot(left, n), dot(fwd, n), dot(fwd, road_left)
-    road, half = float(T.surface[i]), T.half_width[i]
+    road, half, same = float(T.surface[i]), T.half_width[i], abs(lateral) + 2.7 <= T.half_width[i]
+    for w in range(4): c[CONTACT + w] = 1.0 if on and h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch <= P.droop else 0.0
     for w in range(4):
-        clearance = h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch
-        touches = on and clearance <= P.droop
-        c[CONTACT + w] = 1.0 if touches else 0.0
-        if touches: c[MATERIAL + w] = road if abs(lateral + WHEEL_X[w] + WHEEL_Z[w] * across) <= half else float(GRASS)
-        rest = 0.02 - roll * WHEEL_X[w] - clip(clearance, -0.1, 0.04) if touches else -0.02
-        speed = c[DAMPER_V + w] + (400.0 * (rest - c[DAMPER + w]) - 28.0 * c[DAMPER_V + w]) * DT + (0.15 * impact if touches else 0.0)
+        if c[CONTACT + w] > 0.0: c[MATERIAL + w] = road if same or abs(lateral + WHEEL_X[w] + WHEEL_Z[w] * across) <= half else float(GRASS)
+    for w in range(4):  # a spring and a damper, without branches: four wheels at once
+        rest = (0.04 - roll * WHEEL_X[w] - clip(h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch, -0.1, 0.04)) * c[CONTACT + w] - 0.02
+        speed = 0.72 * c[DAMPER_V + w] + 4.0 * (rest - c[DAMPER + w]) + 0.15 * max(0.0, impact) * c[CONTACT + w]
         c[DAMPER_V + w] = speed
         c[DAMPER + w] = clip(c[DAMPER + w] + speed * DT, -0.1, 0.25)
+
+@njit(**INLINE)
+def collide(T, P, k, lo, last, p, v, yaw, fwd, left, place):
+    "(position, velocity, yaw rate, place, height of the ground) after walls and islands, and on the road that a car beside its road is nearest to. `place`: of `find`."
+    i, t, _, road_left, n, lateral, h = place
+    edge, floor = T.half_width[i] + T.verge[i], 0.0
+    if abs(lateral) > edge - 2.2:
+        p, v, yaw = hit_wall(T, P, i, p, v, yaw, lateral, h, fwd, left, road_left)
+        place = find(T, lo, last, i, p, 24)
+    if island_near(T, lo, last, i):
+        p, v, yaw, floor = hit_island(T, P, lo, last, i, p, v, yaw, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h, fwd, left, road_left, n)
+        place = find(T, lo, last, i, p, 24)
+    if abs(place[5]) > edge or place[6] < -1.5 or place[6] > 10.0: place = find(T, lo, last, nearest_anywhere(T, k, p[0], p[1], p[2]), p, 0)
+    return p, v, yaw, place, floor
 
 @njit(**INLINE)
 def touch(c, T, P, p, v, left, up, fwd, yaw, turn_rate):
     "Where the car is on its track, and what the track does to it."
     k = int(c[TRACK])
-    lo, last, floor, impact = T.offset[k], T.offset[k + 1] - 2, 0.0, 0.0
-    i, t, held = follow(T, lo, last, min(max(int(c[SEGMENT]), lo), last), p, 24)
-    road_left, n, lateral, h = frame(T, i, t, p)
-    if abs(lateral) > T.half_width[i] + T.verge[i] - 2.2: p, v, yaw, lateral = hit_wall(T, P, i, p, v, yaw, lateral, h, fwd, left, road_left)
-    if island_near(T, lo, last, i):
-        p, v, yaw, floor = hit_island(T, P, lo, last, i, p, v, yaw, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h, fwd, left, road_left, n)
-        i, t, held = follow(T, lo, last, i, p, 24)
-        road_left, n, lateral, h = frame(T, i, t, p)
-    if abs(lateral) > T.half_width[i] + T.verge[i] or h < -1.5 or h > 10.0:
-        i, t, held = follow(T, lo, last, nearest_anywhere(T, k, p[0], p[1], p[2]), p, 0)
-        road_left, n, lateral, h = frame(T, i, t, p)
-    h -= floor
-    on = held and abs(lateral) <= T.half_width[i] + T.verge[i] and T.gap[i] == 0 and h <= P.droop and h - dot(v, n) * DT > -SLACK_M
+    lo, last = T.offset[k], T.offset[k + 1] - 2
+    place = find(T, lo, last, min(max(int(c[SEGMENT]), lo), last), p, 24)
+    p, v, yaw, place, floor = collide(T, P, k, lo, last, p, v, yaw, fwd, left, place)
+    i, t, held, road_left, n, lateral, h = place
+    above = h - floor
+    on = held and abs(lateral) <= T.half_width[i] + T.verge[i] and T.gap[i] == 0 and above <= P.droop and above - dot(v, n) * DT > -SLACK_M
     standing = on and dot(up, n) > 0.2
+    wheels(c, T, P, i, lateral, above, standing, left, fwd, n, road_left, 0.0003 * yaw * dot(v, fwd), -dot(v, n) if above <= 0.0 else 0.0)
     if on:
-        p, v, impact = land(P, p, v, n, h)
+        p, v = land(P, p, v, n, above)
         up, turn_rate = settle(P, up, n, yaw)
         if not standing: v = times(1.0 - 5.0 * DT, v)  # on its side or roof
-    left, up, fwd = set_axes(c, fwd, up)
+    up = set_axes(c, fwd, up)[1]
     if not on: yaw = dot(turn_rate, up)
-    wheels(c, T, P, i, lateral, h, standing, left, fwd, n, road_left, 0.0003 * yaw * dot(v, fwd), impact)
     if p[1] < T.ground_y[k]: p, v, c[OFF] = (p[0], T.ground_y[k], p[2]), (v[0], 0.0, v[2]), 1.0
     store(c, POS, p)
     store(c, VEL, v)
     store(c, ANG, turn_rate)
-    c[YAW], c[SEGMENT], c[S], c[LATERAL], c[HEIGHT] = yaw, i, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h + floor
+    c[YAW], c[SEGMENT], c[S], c[LATERAL], c[HEIGHT] = yaw, i, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h
 
 @njit(**INLINE)
 def lie(c):

@@ -80,7 +80,7 @@ def drive_laps(tracks, seeds, noise=0.02, threads=1):
 
 # %% ../../nbs/world/50_record.ipynb #5a06d31e
 ATTEMPTS = 6
-TOGETHER = 32  # laps that are driven at once
+TOGETHER = 16  # laps that are driven at once
 
 def lap_recipe(track, number, seed, image_size, noise):
     "Hash of all that lap `number` of `track` depends on."
