@@ -166,7 +166,7 @@ def test_an_early_end_never_pays():
     env.reset(seed=1)
     def drive(rows):
         floats = np.empty((len(rows), 184), np.float32)
-        world_env.observe_cars(rows, env.packed, env.lines, floats, np.empty((len(rows), 0), np.float32))
+        world_env.observe_cars(np.arange(len(rows)), rows, env.packed, env.lines, floats, np.empty((len(rows), 0), np.float32))
         return steer(floats)
     for _ in range(60): env.step(drive(env.rows))
     start = env.rows.copy()
