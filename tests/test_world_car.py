@@ -5,7 +5,7 @@ from tmlab.tracks.generate import generate_track
 from tmlab.tracks.geometry import DIRT, GRASS, ISLAND_HEIGHT, TURBO, build_road
 from tmlab.tracks.line import ReferenceLine
 from tmlab.tracks.track import Track, pack
-from tmlab.world.car import (ANG, CAR, CONTACT, DAMPER, DRIVE, DT, FREE, FREE_WHEELING, GEAR, HEIGHT, LATERAL, MATERIAL, MAX_MPS, N_CAR, NOSE, OFF, POS, ROT, S, SEGMENT, SIDE_GRIP,
+from tmlab.world.car import (ANG, CAR, CLEAR, CONTACT, DAMPER, DRIVE, DT, FREE, FREE_WHEELING, GEAR, HEIGHT, LATERAL, MATERIAL, MAX_MPS, N_CAR, NOSE, OFF, POS, ROT, S, SEGMENT, SIDE_GRIP,
                              SLIDING, STEERING, TURBO_MS, VEL, YAW, drive_ticks, new_cars, place_car)
 
 STRAIGHT = np.c_[np.zeros(3001), np.full(3001, 10.0), np.arange(3001.0)]
@@ -50,9 +50,9 @@ def test_drive_acceleration(wide):
 @pytest.mark.parametrize("kmh,want", [(50, 80), (100, 80), (200, 75), (300, 67), (400, 60), (500, 55)])
 def test_side_grip(wide, kmh, want):
     "Steering is wound on slowly, with more of it than the car has: its path bends by the published grip before the wheels slide, by less after."
-    P = CAR._replace(grip_scale=1.0, steer_scale=20.0, min_radius=0.1, steer_drag=0.0)
+    P = CAR._replace(grip_scale=1.0, steer_scale=20.0, min_radius=0.1, radius_rate=0.0, yaw_lag=0.05, steer_drag=0.0)
     controls = np.c_[-np.linspace(0, 1, 300), np.zeros(300), np.zeros(300)]
-    run = drive(wide, controls, s=100, speed=kmh / 3.6, P=P._replace(coast=0.0, rolling=0.0, air_drag=0.0))
+    run = drive(wide, controls, s=100, speed=kmh / 3.6, P=P._replace(coast=0.0, coast_rate=0.0, rolling=0.0, air_drag=0.0))
     v = run[:, VEL:VEL + 3]
     heading = np.unwrap(np.arctan2(v[:, 0], v[:, 2]))
     side = np.diff(heading) / DT * speeds(run)[1:]
@@ -64,20 +64,20 @@ def test_side_grip(wide, kmh, want):
 
 
 def test_steering_response(wide):
-    "Yaw rates at full lock, with grip to spare, are in the published ratio; at walking pace with the smallest turning circle taken away."
-    def drive_lock(kmh, **kw): return drive(wide, hold(56, -1, 0), s=1500, speed=kmh / 3.6, P=CAR._replace(grip_scale=9.0, steer_drag=0.0, coast=0.0, rolling=0.0, **kw))
-    runs = [drive_lock(1.0, min_radius=0.01)] + [drive_lock(kmh) for kmh in (50, 100, 200, 300, 500)]
+    "Yaw rates at full lock, with grip to spare, are in the published ratio, up to 50 km/h with the smallest turning circle taken away."
+    def drive_lock(kmh, **kw): return drive(wide, hold(56, -1, 0), s=1500, speed=kmh / 3.6, P=CAR._replace(grip_scale=9.0, steer_drag=0.0, coast=0.0, coast_rate=0.0, rolling=0.0, **kw))
+    runs = [drive_lock(kmh, min_radius=0.01, radius_rate=0.0) for kmh in (1, 50)] + [drive_lock(kmh) for kmh in (100, 200, 300, 500)]
     rates, now = np.array([r[-1, YAW] for r in runs]), [3.6 * speeds(r)[-4] for r in runs]
     ratio = rates / np.interp(now, *np.array(STEERING, float).T) / CAR.steer_scale
     assert np.abs(ratio - 1).max() < 0.05, ratio
     yaw = lambda kmh: drive(wide, hold(60, steer=-1.0), s=1500, speed=kmh / 3.6)[:, YAW]
     slewed = yaw(200)
-    assert slewed[4] < 0.35 * slewed[-1] and slewed[30] > 0.95 * slewed[-1]  # not instant
+    assert slewed[4] < 0.35 * slewed[-1] and slewed[15] < 0.75 * slewed[-1] and slewed[45] > 0.9 * slewed[-1]  # not instant
 
 
 def test_gears_turbo_and_freewheeling():
     pad = np.where((np.arange(3001) > 200) & (np.arange(3001) < 205), TURBO, 16)
-    with_pad, without = (drive(world((STRAIGHT, dict(surface=m))), hold(600), s=100, speed=40) for m in (pad, 16))
+    with_pad, without = (drive(world((STRAIGHT, dict(surface=m))), hold(600), s=100, speed=70) for m in (pad, 16))  # no change of gear meanwhile
     boosted = np.flatnonzero(with_pad[:, TURBO_MS] > 0)
     gain = np.diff(speeds(with_pad))[boosted[1:20]] / np.diff(speeds(without))[boosted[1:20]]
     off_pad = np.argmax(with_pad[:, S] > 204)
@@ -114,6 +114,7 @@ def test_flies_over_the_void_and_lands_on_a_later_part_of_its_road():
     landed = np.flatnonzero(air)[-1] + 1
     assert 0.5 < air.sum() * DT < 2 and not run[:, OFF].any() and run[landed, S] - run[np.argmax(air), S] > 200
     assert run[landed:landed + 30, DAMPER].max() > 0.05 and abs(run[-1, HEIGHT]) < 0.01 and abs(run[-1, POS + 1] - 2) < 0.1
+    assert (run[:np.argmax(air), CLEAR] == 0).all() and run[:, CLEAR].max() > 1  # far from every road it is not looked for at each tick
     assert run[landed + 2, VEL + 1] > -1 > run[landed - 1, VEL + 1] + 15  # the speed along the normal is gone
 
 
@@ -130,7 +131,7 @@ def test_gap_and_steep_landing():
     z = np.arange(600.0)
     points = np.c_[0 * z, np.interp(z, [0, 200, 260, 300, 600], [20, 20, 24, 10, 10]), z]
     T = world((points, dict(gap=(z >= 262) & (z < 285))))
-    run = drive(T, hold(500, gas=0), s=150, speed=55)
+    run = drive(T, hold(500, gas=0), s=150, speed=55, P=CAR._replace(coast_rate=0.0))
     assert not run[:, OFF].any() and run[-1, CONTACT:CONTACT + 4].all() and run[-1, S] > 320
     assert (np.diff(energy(run)) < 1e-3 * energy(run)[:-1]).all()
     slow = drive(T, hold(900, gas=0.3), s=200, speed=8)
@@ -178,7 +179,7 @@ def test_island_sides_top_and_back():
 def test_walls_deflect(heading, kmh):
     "Nose or tail first: the car's box stays inside, the blow takes speed, and a car at a small angle drives on along the wall."
     T = world((STRAIGHT, dict(wall=1.2)))
-    run = drive(T, hold(200, gas=0), s=1500, heading=heading, speed=kmh / 3.6)
+    run = drive(T, hold(200, gas=0), s=1500, heading=heading, speed=kmh / 3.6, P=CAR._replace(coast_rate=0.0))
     assert abs(run[:, LATERAL]).max() <= 14 - 0.99 and not run[:, OFF].any()
     assert (np.diff(energy(run)) < 1e-6 * energy(run)[0]).all() and speeds(run)[-1] < 0.9 * kmh / 3.6
     if heading == 0.3: assert abs(run[-1, ROT + 2]) < 0.2 and run[-1, VEL + 2] > 10

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING', 'CONTACT', 'DAMPER', 'MATERIAL', 'GEAR',
            'GEARBOX', 'SHIFT_STEPS', 'RPM', 'FREE', 'PROGRESS', 'CHECKPOINT', 'TRACK', 'SEGMENT', 'S', 'LATERAL',
-           'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS', 'DT',
-           'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
-           'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH',
-           'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3', 'between',
-           'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels', 'forward_change', 'turn',
-           'ground_forces', 'air_forces', 'through_air', 'inverse_root', 'set_axes', 'settle', 'ahead', 'follow',
-           'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island', 'island_near', 'is_solid', 'island_faces',
-           'face_hit', 'hit_island', 'land', 'wheels', 'collide', 'touch', 'lie', 'engine', 'pressed', 'tick',
-           'place_car', 'drive_ticks', 'new_cars', 'car_states']
+           'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'CLEAR', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS',
+           'DT', 'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
+           'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH', 'RPM_KMH',
+           'GEAR_MS', 'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3',
+           'between', 'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels',
+           'forward_change', 'lock_rate', 'turn', 'ground_forces', 'air_forces', 'through_air', 'inverse_root',
+           'set_axes', 'settle', 'ahead', 'follow', 'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island',
+           'island_near', 'is_solid', 'island_faces', 'face_hit', 'hit_island', 'land', 'wheels', 'elsewhere',
+           'collide', 'touch', 'lie', 'engine', 'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
 
 # %% ../../nbs/world/10_car.ipynb #37a40c95
 import math
@@ -31,7 +31,7 @@ STEER, GAS, BRAKE = (COLUMN[k] for k in ("steer", "gas", "brake"))
 SLIDING, CONTACT, DAMPER, MATERIAL = (COLUMN[f"wheel_{k}"] for k in ("sliding", "contact", "damper", "material"))
 GEAR, GEARBOX, SHIFT_STEPS, RPM, FREE, PROGRESS, CHECKPOINT = (COLUMN[k] for k in ("gear", "gearbox_state", "shift_steps", "rpm", "freewheeling", "progress_m", "checkpoint"))
 # what only the simulation knows, after the fields of a CarState
-(TRACK, SEGMENT, S, LATERAL, HEIGHT, STEERED, YAW, TURBO_MS, SHIFT_MS, OFF, DAMPER_V) = range(N_COLUMNS, N_COLUMNS + 11)
+(TRACK, SEGMENT, S, LATERAL, HEIGHT, STEERED, YAW, TURBO_MS, SHIFT_MS, OFF, CLEAR, DAMPER_V) = range(N_COLUMNS, N_COLUMNS + 12)
 N_CAR = DAMPER_V + 4  # the env adds its own columns after these
 
 TICK_MS, TICKS, DT = 10, 5, 0.01  # physics step, steps a decision, seconds a step
@@ -61,7 +61,7 @@ def surface_table():
     "(32, 3): grip factor, drive factor and extra rolling resistance (m/s²) of each material id."
     t = np.tile([1.0, 1.0, 0.0], (32, 1))
     t[[2, 20]] = 0.30, 0.55, 6.2                             # grass
-    t[[5, 6, 8, 17]] = 0.55, 0.90, 0.8                       # sand, dirt
+    t[[5, 6, 8, 17]] = 0.306, 0.83, 0.77                     # sand, dirt; fitted on StadiumA2
     t[[3, 21]] = 0.12, 0.60, 0.0                             # ice, snow
     t[[10]] = 0.25, 0.80, 0.0                                # sliding rubber
     return t
@@ -72,22 +72,29 @@ class CarParams(NamedTuple):
     side_grip: np.ndarray = lookup_table(SIDE_GRIP)
     steering: np.ndarray = lookup_table(STEERING)
     surface: np.ndarray = surface_table()
-    grip_scale: float = 1.7
-    steer_scale: float = 0.21      # rad/s per unit of STEERING
-    steer_slew: float = 4.5        # 1/s, full lock in 0.22 s
-    yaw_lag: float = 0.05          # s
-    min_radius: float = 6.0        # m
-    steer_drag: float = 1.1        # m/s² at full lock
+    grip_scale: float = 2.076      # × SIDE_GRIP before a slide; fitted on A01
+    steer_scale: float = 0.2095    # rad/s per unit of STEERING; fitted on A01
+    steer_slew: float = 19.75      # 1/s, full lock in 0.05 s; fitted on A01
+    yaw_lag: float = 0.1488        # s; fitted on A01
+    min_radius: float = 5.29       # m, turning circle at rest; fitted on Zigzags
+    radius_rate: float = 0.334     # s, how it grows with speed; fitted on Zigzags
+    side_rate: float = 43.5        # 1/s, how fast lateral speed dies; fitted on A01
+    side_turn: float = 0.389       # share of speed · turn rate that the tyres give at once; fitted on A01
+    side_steer: float = 26.2       # m/s² sideways by the front wheels at full lock; fitted on A01
+    steer_drag: float = 0.814      # m/s² at full lock; fitted on A01
     rolling: float = ROLLING       # m/s²
-    coast: float = 2.0             # m/s² without gas
+    coast: float = 1.2             # m/s² without gas, measured on A01 and Zigzags
+    coast_rate: float = 0.30       # 1/s, and this share of the speed; the same
     air_drag: float = AIR_DRAG     # 1/m
-    brake: float = 22.0            # m/s²
+    brake: float = 20.0            # m/s², chosen: A01 has taps only
+    brake_slide: float = 0.39      # share of it left while sliding; fitted on Hockolicious and TMNF-Trial
     reverse: float = 14.0          # m/s²
     reverse_top: float = 18.0      # m/s
-    brake_grip: float = 0.5        # side grip left under braking above 100 km/h
-    slide_grip: float = 0.8        # side grip left while sliding
-    slide_brake: float = 3.0       # m/s²
-    align: float = 4.0             # 1/s, how fast a sliding car turns into its path
+    brake_grip: float = 0.270      # side grip left under braking above 100 km/h; the same
+    slide_grip: float = 0.6845     # side grip left while sliding; fitted on A01
+    slide_brake: float = 1.96      # m/s², the most that a slide costs; fitted on Hockolicious and TMNF-Trial
+    slide_push: float = 1.17       # 1/s, forward push per m/s sideways under gas; fitted on A01
+    slide_best: float = 7.89       # the push ends at a slip of 1 / this; fitted on A01
     gravity: float = 25.0          # m/s²
     droop: float = 0.10            # m, how far the wheels follow a surface that drops away
     settle: float = 18.0           # 1/s, how fast a car that stands turns parallel to the road
@@ -95,10 +102,11 @@ class CarParams(NamedTuple):
     turbo_ms: float = 250.0
     air_steer: float = 0.8         # rad/s² of yaw by full steering in the air
     air_brake: float = 15.0        # 1/s, how fast the brake stops the rotation in the air
-    air_spin: float = 0.4          # 1/s, how fast it dies without
+    air_spin: float = 0.27         # 1/s, how fast it dies without, measured on A01
+    air_rate: float = 0.03         # 1/s, drag of a flying car, measured on A01
     wall_bounce: float = 0.2       # share of the speed into a wall that comes back
     wall_drag: float = 0.01        # share of all speed lost per m/s into a wall, at most 0.3
-    wall_turn: float = 0.5         # rad/s of yaw per m/s into a wall and metre of lever
+    wall_turn: float = 0.17        # rad/s of yaw per m/s into a wall and metre of lever
 
 CAR = CarParams()
 
@@ -128,6 +136,7 @@ def times(s, a): return s * a[0], s * a[1], s * a[2]
 @njit(**INLINE)
 def clip(x, lo, hi): return lo if x < lo else hi if x > hi else x
 
+# %% ../../nbs/world/10_car.ipynb #825d1780
 @njit(**INLINE)
 def at_speed(table, kmh):
     "Linear look-up in a table with one value per km/h."
@@ -158,27 +167,28 @@ def under_wheels(c, P):
 @njit(**INLINE)
 def forward_change(c, P, vz, kmh, steered, gas, brake, drive, grip, slow):
     "Change of forward speed in one tick: the engine or the reverse gear pushes; brake, engine without gas, and the resistances `slow` (m/s²) take speed away."
-    force, free = 0.0, c[FREE] > 0.0
-    if brake > 0.0 and vz > 0.3: slow += P.brake * brake * min(1.0, grip + 0.2)
-    elif brake > 0.0 and gas <= 0.0:
-        if vz > -P.reverse_top and not free: force = -P.reverse * brake
-    elif brake <= 0.0 and gas > 0.0:
-        if vz < -0.3: slow += P.brake * gas
-        elif not free: force = at_speed(P.drive, kmh) * gas * (P.turbo if c[TURBO_MS] > 0.0 else 1.0)
-    if gas <= 0.0 and force == 0.0 and not free: slow += P.coast
+    force, free, reverse = 0.0, c[FREE] > 0.0, brake > 0.0 and gas <= 0.0 and vz <= 0.3
+    if gas > 0.0 and vz < -0.3: slow += P.brake * gas
+    elif gas > 0.0 and not free and c[SHIFT_MS] <= 0.0: force = at_speed(P.drive, kmh) * gas * (P.turbo if c[TURBO_MS] > 0.0 else 1.0)
+    if reverse and vz > -P.reverse_top and not free: force = -P.reverse * brake
+    if brake > 0.0 and not reverse: slow += P.brake * brake * min(1.0, grip + 0.2)  # beside the gas: both act
+    if gas <= 0.0 and force == 0.0 and not free: slow += P.coast + P.coast_rate * abs(vz)
     v = vz + force * drive * DT
     slow = (slow + P.rolling + P.steer_drag * abs(steered) * min(1.0, 0.1 * abs(vz))) * DT
     return (v - slow if v > slow else v + slow if v < -slow else 0.0) - vz
 
 # %% ../../nbs/world/10_car.ipynb #f8136d41
 @njit(**INLINE)
-def turn(P, yaw, steered, vx, vz, kmh, limit, share, front_slides):
+def lock_rate(P, speed, kmh):
+    "Turn rate at full lock, rad/s: the published response, and at low speed the turning circle."
+    return min(P.steer_scale * at_speed(P.steering, kmh), speed / (P.min_radius + P.radius_rate * speed))
+
+@njit(**INLINE)
+def turn(P, yaw, steered, vz, kmh, limit, share):
     "The yaw rate (left positive), one tick nearer to what the steering asks for."
     speed = abs(vz)
-    rate = min(P.steer_scale * at_speed(P.steering, kmh), speed / P.min_radius)
-    rate = min(rate, 1.1 * limit / max(speed, 1.0))  # on a slippery surface the front wheels slip first
+    rate = min(lock_rate(P, speed, kmh), 1.1 * limit / max(speed, 1.0))  # on a slippery surface the front wheels slip first
     target = -steered * (rate if vz >= 0.0 else -rate)
-    if front_slides and vz > 0.0: target += P.align * clip(vx / max(speed, 5.0), -1.0, 1.0)
     return yaw + (target - yaw) * min(1.0, DT / P.yaw_lag) * share
 
 @njit(**INLINE)
@@ -187,16 +197,18 @@ def ground_forces(c, P, v, speed, left, fwd, steered, gas, brake):
     vx, vz, kmh = dot(v, left), dot(v, fwd), 3.6 * speed
     grip, drive, rolling, share = under_wheels(c, P)
     limit = P.grip_scale * at_speed(P.side_grip, kmh) * grip * share
-    yaw = turn(P, c[YAW], steered, vx, vz, kmh, limit, share, c[SLIDING] + c[SLIDING + 1] > 0.0)
+    yaw = turn(P, c[YAW], steered, vz, kmh, limit, share)
     if brake > 0.0 and kmh > 100.0: limit *= P.brake_grip
-    side = limit * DT
-    sliding = abs(vx) > side
+    pull = P.side_turn * c[YAW] * vz - P.side_rate * vx - P.side_steer * steered * clip(0.15 * vz, -1.0, 1.0)
+    sliding = abs(pull) > limit
     if sliding:
-        side *= P.slide_grip
-        rolling += P.slide_brake
+        limit *= P.slide_grip
+        brake *= P.brake_slide
+        push = P.slide_push * abs(vx) * (1.0 - P.slide_best * abs(vx) / max(abs(vz), 1.0))
+        rolling -= push * gas if push > 0.0 else max(push, -P.slide_brake)
     for w in range(4): c[SLIDING + w] = c[CONTACT + w] if sliding else 0.0
     dz = forward_change(c, P, vz, kmh, steered, gas, brake, drive, grip, rolling) * share
-    return plus(plus(v, -clip(vx, -side, side), left), dz, fwd), yaw, vz
+    return plus(plus(v, clip(pull, -limit, limit) * DT, left), dz, fwd), yaw, vz
 
 @njit(**INLINE)
 def air_forces(c, P, up, steered, brake):
@@ -282,7 +294,7 @@ def bounce(P, v, yaw, fwd, left, m):
     "(velocity, yaw rate) after touching a face that looks along `m` (unit)."
     into, nose = -dot(v, m), -dot(fwd, m)
     if into <= 0.0: return v, yaw
-    yaw = clip(yaw + P.wall_turn * into * dot(left, m) * nose * (NOSE if nose > 0.0 else TAIL), -6.0, 6.0)
+    yaw = clip(yaw + P.wall_turn * into * dot(left, m) * nose * (NOSE if nose > 0.0 else TAIL), -2.0, 2.0)
     return times(1.0 - min(0.3, P.wall_drag * into), plus(v, (1.0 + P.wall_bounce) * into, m)), yaw
 
 @njit(**INLINE)
@@ -303,7 +315,7 @@ def hit_wall(T, P, i, p, v, yaw, lateral, h, fwd, left, road_left):
     v, yaw = bounce(P, v, yaw, fwd, left, m)
     return plus(p, depth, m), pay(P, v, depth * m[1]), yaw
 
-# %% ../../nbs/world/10_car.ipynb #501f4a18
+# %% ../../nbs/world/10_car.ipynb #e97d19d8
 @njit(**INLINE)
 def has_island(T, i): return T.island[i, 0] > T.island[i, 1]
 
@@ -379,8 +391,18 @@ def wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, roll, impact):
         c[DAMPER_V + w] = speed
         c[DAMPER + w] = clip(c[DAMPER + w] + speed * DT, -0.1, 0.25)
 
+@njit(**RARE)
+def elsewhere(c, T, k, lo, last, p, v, place):
+    "The place of a car beside its road, on the nearest of its whole track; not looked for again before the car has flown as far as that road was away (`CLEAR`, m)."
+    c[CLEAR] -= math.sqrt(dot(v, v)) * DT
+    if c[CLEAR] > 0.0: return place
+    place = find(T, lo, last, nearest_anywhere(T, k, p[0], p[1], p[2]), p, 0)
+    beside = max(0.0, abs(place[5]) - T.half_width[place[0]] - T.verge[place[0]])
+    c[CLEAR] = math.sqrt(beside * beside + place[6] * place[6]) - 1.0
+    return place
+
 @njit(**INLINE)
-def collide(T, P, k, lo, last, p, v, yaw, fwd, left, place):
+def collide(c, T, P, k, lo, last, p, v, yaw, fwd, left, place):
     "(position, velocity, yaw rate, place, height of the ground) after walls and islands, and on the road that a car beside its road is nearest to. `place`: of `find`."
     i, t, _, road_left, n, lateral, h = place
     edge, floor = T.half_width[i] + T.verge[i], 0.0
@@ -390,7 +412,8 @@ def collide(T, P, k, lo, last, p, v, yaw, fwd, left, place):
     if island_near(T, lo, last, i):
         p, v, yaw, floor = hit_island(T, P, lo, last, i, p, v, yaw, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h, fwd, left, road_left, n)
         place = find(T, lo, last, i, p, 24)
-    if abs(place[5]) > edge or place[6] < -1.5 or place[6] > 10.0: place = find(T, lo, last, nearest_anywhere(T, k, p[0], p[1], p[2]), p, 0)
+    if abs(place[5]) <= edge and -1.5 <= place[6] <= 10.0: c[CLEAR] = 0.0
+    else: place = elsewhere(c, T, k, lo, last, p, v, place)
     return p, v, yaw, place, floor
 
 @njit(**INLINE)
@@ -399,7 +422,7 @@ def touch(c, T, P, p, v, left, up, fwd, yaw, turn_rate):
     k = int(c[TRACK])
     lo, last = T.offset[k], T.offset[k + 1] - 2
     place = find(T, lo, last, min(max(int(c[SEGMENT]), lo), last), p, 24)
-    p, v, yaw, place, floor = collide(T, P, k, lo, last, p, v, yaw, fwd, left, place)
+    p, v, yaw, place, floor = collide(c, T, P, k, lo, last, p, v, yaw, fwd, left, place)
     i, t, held, road_left, n, lateral, h = place
     above = h - floor
     on = held and abs(lateral) <= T.half_width[i] + T.verge[i] and T.gap[i] == 0 and above <= P.droop and above - dot(v, n) * DT > -SLACK_M
@@ -427,9 +450,11 @@ def lie(c):
     for w in range(4): c[SLIDING + w], c[CONTACT + w] = 0.0, 0.0
 
 # %% ../../nbs/world/10_car.ipynb #2b3c96f8
-GEAR_KMH = np.array([0.0, 100.0, 165.0, 240.0, 320.0, 480.0])  # upper end of reverse and of gears 1 … 5
+GEAR_KMH = np.array([0.0, 102.0, 162.0, 235.0, 342.0, 480.0])    # upper end of reverse and of gears 1 … 5, from A01
+RPM_KMH = np.array([101.8, 101.8, 60.7, 44.3, 30.5, 23.6])       # engine turns per minute and km/h, from A01
+GEAR_MS = np.array([200.0, 200.0, 280.0, 190.0, 220.0, 170.0])   # how long a change into reverse and gears 1 … 5 takes, from A01
 @njit(**INLINE)
-def engine(c, vz, gas):
+def engine(c, vz):
     "Gear (0 is reverse), shifting and rpm."
     kmh = 3.6 * vz
     gear = int(c[GEAR])
@@ -438,13 +463,10 @@ def engine(c, vz, gas):
     elif gear == 0 and kmh > -1.0: want = 1
     elif gear > 0 and gear < 5 and kmh > GEAR_KMH[gear]: want = gear + 1
     elif gear > 1 and kmh < 0.85 * GEAR_KMH[gear - 1]: want = gear - 1
-    if want != gear: c[GEAR], c[SHIFT_MS] = want, 200.0
+    if want != gear: c[GEAR], c[SHIFT_MS] = want, GEAR_MS[want]
     c[GEARBOX] = 1.0 if c[SHIFT_MS] > 0.0 else 0.0
     c[SHIFT_MS], c[TURBO_MS] = max(0.0, c[SHIFT_MS] - 10.0), max(0.0, c[TURBO_MS] - 10.0)
-    top = GEAR_KMH[want] if want > 0 else 70.0
-    low = 0.5 * GEAR_KMH[want - 1] if want > 1 else 0.0
-    target = 2000.0 + 8500.0 * min(1.1, max(0.0, (abs(kmh) - low) / (top - low))) + (1000.0 if gas > 0.0 else 0.0)
-    c[RPM] += 0.15 * (min(target, 11000.0) - c[RPM])
+    c[RPM] += 0.15 * (min(RPM_KMH[want] * abs(kmh), 11000.0) - c[RPM])
 
 # %% ../../nbs/world/10_car.ipynb #d45c3e7d
 @njit(**INLINE)
@@ -460,15 +482,19 @@ def tick(c, T, P, steer, gas, brake):
     if c[OFF] > 0.0: return lie(c)
     left, up, fwd = axis(c, 0), axis(c, 1), axis(c, 2)
     v, speed = through_air(P, load(c, VEL))
+    p = plus(load(c, POS), DT, v)  # place and heading move at the rates from before the tyres act, as in the recordings
+    p = (p[0], p[1] + 0.5 * P.gravity * DT * DT, p[2])
     if c[CONTACT] + c[CONTACT + 1] + c[CONTACT + 2] + c[CONTACT + 3] > 0.0:
+        before = c[YAW]
         v, yaw, vz = ground_forces(c, P, v, speed, left, fwd, steered, c[GAS], c[BRAKE])
-        w, angle = load(c, ANG), yaw * DT
+        w, angle = load(c, ANG), before * DT
         fwd = plus(times(1.0 - 0.5 * angle * angle, fwd), angle, left)
     else:
+        v = times(1.0 - P.air_rate * DT, v)
         w, yaw, vz = air_forces(c, P, up, steered, c[BRAKE]), 0.0, dot(v, fwd)
         fwd, up = plus(fwd, DT, cross(w, fwd)), plus(up, DT, cross(w, up))
-    touch(c, T, P, plus(load(c, POS), DT, v), v, left, up, fwd, yaw, w)
-    engine(c, vz, c[GAS])
+    touch(c, T, P, p, v, left, up, fwd, yaw, w)
+    engine(c, vz)
 
 @njit(**RARE)
 def place_car(c, T, track, s, lateral, heading, speed):

@@ -53,13 +53,13 @@ def mixed(x, part):
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-# %% ../../nbs/world/30_env.ipynb #49e27bdf
+# %% ../../nbs/world/30_env.ipynb #9220de00
 ABOVE_ROAD_M = 4.0  # a point of the line this high above the ribbon is in the air
 
 class LineArrays(NamedTuple):
     "What the kernels need of the reference lines beside `TrackArrays`: entries of T tracks, or of all N points of their extended lines."
     metres: np.ndarray       # (N,) `zone_metres` of each line
-    road_s: np.ndarray       # (N,) metres along the road, never falling
+    road_s: np.ndarray       # (N,) metres along the road, never falling; infinite past the line's own points
     ahead: np.ndarray        # (3, A) float32, `road_points` of each line
     ahead_offset: np.ndarray # (T,) first column of a line in `ahead`
     per_phase: np.ndarray    # (T,) columns of each of its 20 phases
@@ -83,9 +83,10 @@ def on_ribbon(T, i, lateral, height):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def road_along_line(T, k, out):
-    "Fill `out` for the points of line `k`: followed along the ribbon; after the line has left it, searched everywhere ahead."
-    hint, last = -1, -np.inf
-    for p in range(T.line_offset[k], T.line_offset[k + 1]):
+    "Fill `out` for the points of line `k`: followed along the ribbon; after the line has left it, searched everywhere ahead. Past the line's own last point it is infinite."
+    hint, last, end = -1, -np.inf, T.line_offset[k + 1] - LINE_AFTER
+    out[end:T.line_offset[k + 1]] = np.inf
+    for p in range(T.line_offset[k], end):
         x, y, z = T.line[p, 0], T.line[p, 1], T.line[p, 2]
         i, s, lateral, height = locate_on(T, k, x, y, z, hint)
         if not on_ribbon(T, i, lateral, height):
@@ -140,7 +141,7 @@ def begin(c, T, L, track, seed, car, episode, random_start):
     c[EPISODE] = episode
     place_on_line(c, T, L)
 
-# %% ../../nbs/world/30_env.ipynb #d499c06e
+# %% ../../nbs/world/30_env.ipynb #5d1d34a8
 PASS_M, BELOW_M = 10.0, -1.5  # m a car can pass in a tick; how far below the road a gate reaches
 
 @njit(**INLINE)
@@ -466,7 +467,7 @@ def random_mode(random_start):
     if random_start not in modes: raise ValueError(f"random_start {random_start!r}: False, True or 'anywhere'")
     return modes[random_start]
 
-# %% ../../nbs/world/30_env.ipynb #d63d68b5
+# %% ../../nbs/world/30_env.ipynb #05d7ef3b
 @lru_cache(None)
 def cuda_kernels():
     "The kernels (step, restart, observe, check_keys, check_analog) for a graphics card; ValueError when there is none."
@@ -589,7 +590,7 @@ class CudaCars:
         self.kernels[2](self.rows, self.T, self.L, out["floats"], out["extras"])
         return self.obs(out)
 
-# %% ../../nbs/world/30_env.ipynb #759df8eb
+# %% ../../nbs/world/30_env.ipynb #63aad33a
 class RaceEnv(gymnasium.Env):
     "One car of `RaceVectorEnv` (its arguments apart from `num_envs`, `device` and `threads`) as a `gymnasium.Env`; `render_mode` None or rgb_array."
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['STATION_M', 'FLYING', 'V_MAX', 'PLAIN', 'K_STEP', 'K_MAX', 'CAREFUL', 'STYLES', 'DECISION_S', 'AHEAD_M', 'AHEAD_S',
-           'NOT_LOST', 'SLIDE_MPS', 'SPIN', 'DRAWS', 'BOUND_MARGIN', 'LOOSE', 'SPEEDS', 'TRIED', 'CELLS', 'LOST_M',
-           'DECISIONS', 'SEARCH_VERSION', 'GUIDES', 'WEIGHTS', 'SURVEYS', 'Way', 'spans', 'road_stations', 'line_at',
-           'jump_marks', 'jump_stations', 'pieces', 'bends', 'moving', 'crest_speed', 'make_way', 'limit_tables',
-           'look_up', 'gained', 'braked', 'Line', 'new_line', 'shape', 'limit', 'hold_back', 'drive_on', 'run_line',
-           'relax', 'smooth_offsets', 'corridor', 'push_bump', 'gain_of', 'copy_line', 'sweep_bumps', 'improve',
-           'best_line', 'take_off_speed', 'speed_needed', 'slower', 'ways', 'Plans', 'distance2', 'nearest_station',
-           'point_ahead', 'aim', 'steer_key', 'key_action', 'beside', 'recover', 'choose_line', 'act_row',
-           'styled_offsets', 'plan_line', 'line_metres', 'car_digest', 'planned_ways', 'Expert', 'act_noisily',
-           'act_rows', 'packed', 'begin_rows', 'step_rows', 'throw_cars', 'can_stop', 'disturbed_rows', 'drive_rows',
-           'laps', 'lower_bound', 'Guide', 'fill_to_go', 'make_guide', 'relative', 'time_left', 'Cars', 'new_beam',
-           'cell_of', 'branch', 'rank', 'keep_best', 'Found', 'search_lap', 'walk_back', 'drive_actions',
+           'NOT_LOST', 'BRAKES', 'SLIDE_MPS', 'SPIN', 'DRAWS', 'BOUND_MARGIN', 'LOOSE', 'SPEEDS', 'TRIED', 'CELLS',
+           'LOST_M', 'DECISIONS', 'SEARCH_VERSION', 'GUIDES', 'WEIGHTS', 'SURVEYS', 'Way', 'spans', 'road_stations',
+           'line_at', 'jump_span', 'jump_stations', 'pieces', 'bends', 'moving', 'crest_speed', 'make_way',
+           'limit_tables', 'look_up', 'gained', 'braked', 'Line', 'new_line', 'shape', 'limit', 'hold_back', 'drive_on',
+           'run_line', 'relax', 'smooth_offsets', 'corridor', 'push_bump', 'gain_of', 'copy_line', 'sweep_bumps',
+           'improve', 'best_line', 'take_off_speed', 'speed_needed', 'slower', 'ways', 'Plans', 'distance2',
+           'nearest_station', 'point_ahead', 'aim', 'steer_key', 'key_action', 'beside', 'recover', 'choose_line',
+           'act_row', 'styled_offsets', 'plan_line', 'line_metres', 'car_digest', 'planned_ways', 'Expert',
+           'act_noisily', 'act_rows', 'packed', 'begin_rows', 'step_rows', 'throw_cars', 'can_stop', 'disturbed_rows',
+           'drive_rows', 'laps', 'lower_bound', 'Guide', 'fill_to_go', 'make_guide', 'relative', 'time_left', 'Cars',
+           'new_beam', 'cell_of', 'branch', 'rank', 'keep_best', 'Found', 'search_lap', 'walk_back', 'drive_actions',
            'ReferenceTime', 'search_reference', 'driven_offsets', 'reference_time', 'reference_path', 'save_reference',
            'read_reference', 'load_reference', 'offer_lap', 'finish_row', 'reference_row', 'survey']
 
@@ -33,7 +33,7 @@ from .car import ANG, CAR, DT, HEIGHT, LATERAL, OFF, POS, ROT, S, SEGMENT, STEER
 from .env import (BEST_MS, EPISODE, FINISH_MS, FINISHED, N_ROW, NO_PROGRESS, RUNNING, TIME, WORLD_VERSION, key_controls, line_arrays, place_on_line, random_mode,
                              restart_cars, step_cars, thread_count, uniform)
 
-# %% ../../nbs/world/40_expert.ipynb #d27e5d91
+# %% ../../nbs/world/40_expert.ipynb #ca6ef1d7
 STATION_M = 2.0
 FLYING = 31      # in `Way.surface`: no road under the car
 V_MAX = 277.0    # m/s, what the tables of the car reach
@@ -74,41 +74,43 @@ def line_at(track, s):
     k = int(np.argmin(np.abs(d @ t) + 1e6 * (np.linalg.norm(d, axis=1) > np.interp(s, track.road.s, track.road.half_width) + 6)))
     return track.line.s[k], float(d[k] @ l)
 
-def jump_marks(track, a, b):
-    "Metres of the road: where the line leaves the middle before the jump from `a` to `b`, the take-off, the first place to land, and where the line is back in the middle."
-    r, step = track.road, track.road.s[1]
-    first, land, back = a, b, b
-    while abs(line_at(track, first)[1]) > 0.3 and first > track.start_s: first -= step
-    while abs(line_at(track, back)[1]) > 0.3 and back < r.length_m: back += step
-    while abs(line_at(track, land - step)[1]) < np.interp(land - step, r.s, r.half_width) - 1.5 and land - step > a + 10: land -= step
-    return first, a, land, back
+def jump_span(track, a, b):
+    "Metres of the road where the reference line leaves its middle before the jump from `a` to `b`, and where it is back in the middle."
+    first, back, step = a, b, track.road.s[1]
+    while abs(line_at(track, first)[1]) > 0.02 and first > track.start_s: first -= step
+    while abs(line_at(track, back)[1]) > 0.02 and back < track.road.length_m: back += step
+    return first, back
 
-def jump_stations(track, marks):
-    "As `road_stations`, from the first to the last of the `jump_marks`: along the reference line, with the road's height where a car has landed."
-    r, (m0, m1, m2, m3) = track.road, (line_at(track, s)[0] for s in marks)
-    m = np.linspace(m0, m3, max(3, int(round((m3 - m0) / STATION_M))) + 1)[:-1]
-    centre, s = track.line.at(m), np.interp(m, (m0, m1, m2, m3), marks)
-    ground = r.s[(r.s >= marks[2]) & (r.s <= marks[3])]
-    at, lateral = np.array([line_at(track, x) for x in ground]).T
-    landed = m >= m2
-    centre[landed, 1] = np.interp(m[landed], at, (r.frame(ground)[0] + lateral[:, None] * r.frame(ground)[2])[:, 1])
-    flat = np.gradient(centre, axis=0) * [1, 0, 1]
-    left = np.cross([0.0, 1.0, 0.0], flat / np.linalg.norm(flat, axis=1, keepdims=True))
-    surface = np.where((m >= m1) & (m < m2), FLYING, r.surface[np.minimum(np.searchsorted(r.s, s), len(r) - 2)]).astype(np.int64)
-    return centre, left, np.tile([0.0, 1.0, 0.0], (len(m), 1)), s, np.full(len(m), 6.0), np.full(len(m), 2.0), surface
+def jump_stations(track, first, back):
+    "As `road_stations`, from `first` to `back` m: straight on, over the road as long as it lies below, at its height."
+    r = track.road
+    (p, q), s = r.frame([first, back])[0], r.s[(r.s >= first) & (r.s <= back)]
+    gap, (c, t, l, _), d = math.hypot(*(q - p)[[0, 2]]), r.frame(s), (q - p) * [1, 0, 1]
+    d /= gap
+    far = ((c - p) * t).sum(1) / np.where(np.abs(t @ d) > 0.05, t @ d, np.inf)  # m ahead where the axis crosses each section
+    aside = ((p + far[:, None] * d - c) * l).sum(1)
+    below = (np.abs(aside) < np.interp(s, r.s, r.half_width) - 1.0) & (t @ d > 0.2)
+    take_off, land = int(np.argmin(below)) - 1, len(s) - int(np.argmin(below[::-1]))
+    m = np.linspace(0, gap, max(3, int(round(gap / STATION_M))) + 1)[:-1]
+    k = np.r_[:take_off + 1, land:len(s)]
+    y = np.interp(m, far[k], (c + aside[:, None] * l)[k, 1])
+    at = np.interp(m, far[k], s[k])
+    surface = np.where((m > far[take_off]) & (m < far[land]), FLYING, r.surface[np.minimum(np.searchsorted(r.s, at), len(r) - 2)]).astype(np.int64)
+    centre = np.column_stack([p[0] + m * d[0], y, p[2] + m * d[2]])
+    return centre, np.tile(np.cross([0.0, 1.0, 0.0], d), (len(m), 1)), np.tile([0.0, 1.0, 0.0], (len(m), 1)), at, np.full(len(m), 6.0), np.full(len(m), 2.0), surface
 
 def pieces(track, jumps):
     "Parts as `road_stations` gives them of the way that takes `jumps`: up to the start, …, up to the finish, up to the end of the road, its last section."
     road, at, out = track.road, track.start_s, [road_stations(track.road, 0.0, track.start_s)]
     for jump in jumps:
-        marks = jump_marks(track, *jump)
-        out += [road_stations(road, at, marks[0]), jump_stations(track, marks)]
-        at = marks[-1]
+        first, back = jump_span(track, *jump)
+        out += [road_stations(road, at, first), jump_stations(track, first, back)]
+        at = back
     end = road.frame(road.length_m)
     out += [road_stations(road, at, track.finish_s), road_stations(road, track.finish_s, road.length_m)]
     return out + [(end[0], end[2], end[3], np.array([road.length_m]), *(x[-1:] for x in out[-1][4:]))]
 
-# %% ../../nbs/world/40_expert.ipynb #5ae352d6
+# %% ../../nbs/world/40_expert.ipynb #3c9022b0
 def bends(centre, left, up):
     "Curvature to the left and upwards, 1/m (M,) each, of stations, over ± 3 of them."
     step = np.maximum(0.05, np.linalg.norm(np.diff(centre, axis=0), axis=1))
@@ -186,7 +188,7 @@ def braked(P, v, m, k, step, rise):
     if v > 27.8 and v * v * k > P.brake_grip * g * P.grip_scale * at_speed(P.side_grip, 3.6 * v): slow = P.coast
     return math.sqrt(max(1.0, v * v + 2.0 * slow * step + 2.0 * P.gravity * rise))
 
-# %% ../../nbs/world/40_expert.ipynb #4c3e9189
+# %% ../../nbs/world/40_expert.ipynb #4af62da6
 class Line(NamedTuple):
     "A line on a `Way`, arrays of M."
     offset: np.ndarray   # m to the left of the centre
@@ -288,7 +290,7 @@ def corridor(way, margin):
         low[k], high[k] = np.maximum(low[k], -0.5), np.minimum(high[k], 0.5)
     return low, high
 
-# %% ../../nbs/world/40_expert.ipynb #c159eded
+# %% ../../nbs/world/40_expert.ipynb #30e99934
 @njit(**PLAIN)
 def push_bump(old, new, low, high, c, half, delta, a, b):
     "Set new's offsets of stations `a` … `b` − 1 to old's and a bump of `delta` m at `c`, `half` stations to each side; whether that changes anything."
@@ -367,7 +369,7 @@ def best_line(way, P=CAR, margin=1.5, use=0.95, slew=3.0, sweeps=15, widest=64, 
     line = new_line(offset)
     return line, improve(P, way, line, new_line(offset), low, high, *limit_tables(P, use, slew), crests, sweeps, widest, narrowest)
 
-# %% ../../nbs/world/40_expert.ipynb #ab9e188c
+# %% ../../nbs/world/40_expert.ipynb #47d7f964
 CAREFUL = dict(margin=1.5, use=0.95, slew=3.0)  # what the expert plans with: a reserve for the coarseness of the keys
 
 def take_off_speed(way, a, b, P):
@@ -484,7 +486,7 @@ def key_action(gas, brake, key):
     base = (9 if gas else 6) if brake else (0 if gas else 3)
     return base + (0 if key == 0 else 1 if key < 0 else 2)
 
-# %% ../../nbs/world/40_expert.ipynb #ad6fb0ce
+# %% ../../nbs/world/40_expert.ipynb #d6c5a64a
 NOT_LOST = -1
 
 @njit(**INLINE)
@@ -543,7 +545,7 @@ def act_row(row, L, style, track, P):
     if abs(angle) > 0.5: allowed = min(allowed, 15.0)
     return key_action(v < allowed, v > allowed + 2.0 and vz > 0.0, key)
 
-# %% ../../nbs/world/40_expert.ipynb #6ae4cd8b
+# %% ../../nbs/world/40_expert.ipynb #cbffabb9
 def styled_offsets(way, offset, style, P):
     "Offsets (M,) of a style: those of the fastest line shifted along the road and made smooth again, or the centre, kept inside the corridor."
     low, high = corridor(way, CAREFUL["margin"])
@@ -553,12 +555,15 @@ def styled_offsets(way, offset, style, P):
     start = np.clip(moving(np.interp(at, way.s, offset), 2), low, high)
     return best_line(way, P, start=start, sweeps=2, widest=8, **CAREFUL)[0].offset
 
+BRAKES = 0.85  # share of the brakes that a plan uses
+
 def plan_line(track, way, offset, pace, P):
     "(points, speed, need, metres, room) of one line, the rows of `Plans`; `pace` scales what bends allow."
     line = new_line(offset)
     run_line(P, way, line, *limit_tables(P, CAREFUL["use"], CAREFUL["slew"]), True)
     line.lim[:] *= pace
-    for i in range(way.finish, -1, -1): line.held[i] = hold_back(P, way, line, i)
+    gently = P._replace(brake=BRAKES * P.brake)
+    for i in range(way.finish, -1, -1): line.held[i] = hold_back(gently, way, line, i)
     end = way.verge - 1.0
     return line.p, line.held, speed_needed(way, line, P), line_metres(track, way), np.column_stack([way.high + end - line.offset, line.offset - way.low + end])
 
@@ -716,7 +721,7 @@ def lower_bound(track, P=CAR, starts=()):
     best = min(best_line(w, P, slew=math.inf, start=o, **LOOSE)[1] for w, o in begins)
     return (1 - BOUND_MARGIN) * best
 
-# %% ../../nbs/world/40_expert.ipynb #43ef9453
+# %% ../../nbs/world/40_expert.ipynb #ada3abc9
 SPEEDS = 280  # m/s, entries of the table of the time to go
 
 class Guide(NamedTuple):
@@ -772,7 +777,7 @@ def time_left(c, G, i, f, n, angle, v, weights):
     soon, over, swing = n + 0.2 * angle * v, max(0.0, v - G.held[e]), c[YAW] - v * G.kappa[i]
     return t + weights[0] * (n * n + soon * soon) + weights[1] * angle * angle + weights[2] * swing * swing + weights[3] * over * over
 
-# %% ../../nbs/world/40_expert.ipynb #892159c3
+# %% ../../nbs/world/40_expert.ipynb #fb45eddd
 TRIED = np.array([0, 1, 2, 6, 7, 8, 3, 4, 5])  # actions: gas, brake, neither, with and without steering
 CELLS = np.array([0.2, 0.02, 0.25, 0.7])       # m, rad, of full lock, m/s: what counts as the same state
 LOST_M = 20.0                                  # from the line, where a car is given up
@@ -868,7 +873,7 @@ def walk_back(past, parent, action):
         parent = parents[parent]
     return TRIED[np.array(path[::-1])]
 
-# %% ../../nbs/world/40_expert.ipynb #06fd4641
+# %% ../../nbs/world/40_expert.ipynb #ffd2e731
 def drive_actions(track, actions, P=CAR):
     "(seconds or None, rows (n, N_ROW) before each action) of a lap with these action indices from the start."
     T, L = packed([track])
@@ -879,7 +884,7 @@ def drive_actions(track, actions, P=CAR):
         if end[0] != RUNNING: break
     return (now[0, FINISH_MS] / 1000 if end[0] == FINISHED else None), np.array(rows)
 
-# %% ../../nbs/world/40_expert.ipynb #d9fa5c04
+# %% ../../nbs/world/40_expert.ipynb #497b1d7a
 DECISIONS = 1_800_000
 SEARCH_VERSION = 2   # of how a reference is found
 GUIDES = [dict(margin=0.3, use=1.0, slew=4.0), dict(margin=0.0, use=1.0, slew=4.5), dict(margin=0.8, use=0.98, slew=3.3)]
@@ -931,7 +936,7 @@ def reference_time(track, threads=None, car=CAR, decisions=DECISIONS):
         starts.append((way, driven_offsets(way, drive_actions(track, actions, car)[1])))
     return ReferenceTime(float(best), lower_bound(track, car, starts), 1, by, track.hash, car_digest(car), actions)
 
-# %% ../../nbs/world/40_expert.ipynb #9f360258
+# %% ../../nbs/world/40_expert.ipynb #42e41713
 def reference_path(track_dir):
     "(path of the kept reference, hash of the track there)."
     track_dir = Path(track_dir)
@@ -969,7 +974,7 @@ def offer_lap(track_dir, seconds, by, actions=(), car=CAR):
         write_json(path, kept)
         return True
 
-# %% ../../nbs/world/40_expert.ipynb #77c3f8e1
+# %% ../../nbs/world/40_expert.ipynb #3b974cfa
 def finish_row(track):
     "Finish of the expert from the start, and of 4 disturbed cars."
     expert = Expert(track)
