@@ -5,7 +5,7 @@ from tmlab.tracks.generate import generate_track
 from tmlab.tracks.geometry import DIRT, GRASS, ISLAND_HEIGHT, TURBO, build_road
 from tmlab.tracks.line import ReferenceLine
 from tmlab.tracks.track import Track, pack
-from tmlab.world.car import (ANG, CAR, CONTACT, DAMPER, DRIVE, DT, FREE, FREE_WHEELING, GEAR, HEIGHT, LATERAL, MATERIAL, MAX_MPS, N_CAR, NOSE, OFF, POS, ROT, S, SEGMENT, SIDE_GRIP,
+from tmlab.world.car import (ANG, CAR, CLEAR, CONTACT, DAMPER, DRIVE, DT, FREE, FREE_WHEELING, GEAR, HEIGHT, LATERAL, MATERIAL, MAX_MPS, N_CAR, NOSE, OFF, POS, ROT, S, SEGMENT, SIDE_GRIP,
                              SLIDING, STEERING, TURBO_MS, VEL, YAW, drive_ticks, new_cars, place_car)
 
 STRAIGHT = np.c_[np.zeros(3001), np.full(3001, 10.0), np.arange(3001.0)]
@@ -114,6 +114,7 @@ def test_flies_over_the_void_and_lands_on_a_later_part_of_its_road():
     landed = np.flatnonzero(air)[-1] + 1
     assert 0.5 < air.sum() * DT < 2 and not run[:, OFF].any() and run[landed, S] - run[np.argmax(air), S] > 200
     assert run[landed:landed + 30, DAMPER].max() > 0.05 and abs(run[-1, HEIGHT]) < 0.01 and abs(run[-1, POS + 1] - 2) < 0.1
+    assert (run[:np.argmax(air), CLEAR] == 0).all() and run[:, CLEAR].max() > 1  # far from every road it is not looked for at each tick
     assert run[landed + 2, VEL + 1] > -1 > run[landed - 1, VEL + 1] + 15  # the speed along the normal is gone
 
 

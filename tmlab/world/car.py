@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING', 'CONTACT', 'DAMPER', 'MATERIAL', 'GEAR',
            'GEARBOX', 'SHIFT_STEPS', 'RPM', 'FREE', 'PROGRESS', 'CHECKPOINT', 'TRACK', 'SEGMENT', 'S', 'LATERAL',
+<<<<<<< HEAD
            'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS', 'DT',
            'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
            'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH', 'RPM_KMH',
@@ -14,6 +15,17 @@ __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING
            'set_axes', 'settle', 'ahead', 'follow', 'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island',
            'island_near', 'is_solid', 'island_faces', 'face_hit', 'hit_island', 'land', 'wheels', 'collide', 'touch',
            'lie', 'engine', 'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
+=======
+           'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'CLEAR', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS',
+           'DT', 'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
+           'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH',
+           'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3', 'between',
+           'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels', 'forward_change', 'turn',
+           'ground_forces', 'air_forces', 'through_air', 'inverse_root', 'set_axes', 'settle', 'ahead', 'follow',
+           'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island', 'island_near', 'is_solid', 'island_faces',
+           'face_hit', 'hit_island', 'land', 'wheels', 'elsewhere', 'collide', 'touch', 'lie', 'engine', 'pressed',
+           'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
+>>>>>>> b-car
 
 # %% ../../nbs/world/10_car.ipynb #37a40c95
 import math
@@ -31,7 +43,7 @@ STEER, GAS, BRAKE = (COLUMN[k] for k in ("steer", "gas", "brake"))
 SLIDING, CONTACT, DAMPER, MATERIAL = (COLUMN[f"wheel_{k}"] for k in ("sliding", "contact", "damper", "material"))
 GEAR, GEARBOX, SHIFT_STEPS, RPM, FREE, PROGRESS, CHECKPOINT = (COLUMN[k] for k in ("gear", "gearbox_state", "shift_steps", "rpm", "freewheeling", "progress_m", "checkpoint"))
 # what only the simulation knows, after the fields of a CarState
-(TRACK, SEGMENT, S, LATERAL, HEIGHT, STEERED, YAW, TURBO_MS, SHIFT_MS, OFF, DAMPER_V) = range(N_COLUMNS, N_COLUMNS + 11)
+(TRACK, SEGMENT, S, LATERAL, HEIGHT, STEERED, YAW, TURBO_MS, SHIFT_MS, OFF, CLEAR, DAMPER_V) = range(N_COLUMNS, N_COLUMNS + 12)
 N_CAR = DAMPER_V + 4  # the env adds its own columns after these
 
 TICK_MS, TICKS, DT = 10, 5, 0.01  # physics step, steps a decision, seconds a step
@@ -391,8 +403,18 @@ def wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, roll, impact):
         c[DAMPER_V + w] = speed
         c[DAMPER + w] = clip(c[DAMPER + w] + speed * DT, -0.1, 0.25)
 
+@njit(**RARE)
+def elsewhere(c, T, k, lo, last, p, v, place):
+    "The place of a car beside its road, on the nearest of its whole track; not looked for again before the car has flown as far as that road was away (`CLEAR`, m)."
+    c[CLEAR] -= math.sqrt(dot(v, v)) * DT
+    if c[CLEAR] > 0.0: return place
+    place = find(T, lo, last, nearest_anywhere(T, k, p[0], p[1], p[2]), p, 0)
+    beside = max(0.0, abs(place[5]) - T.half_width[place[0]] - T.verge[place[0]])
+    c[CLEAR] = math.sqrt(beside * beside + place[6] * place[6]) - 1.0
+    return place
+
 @njit(**INLINE)
-def collide(T, P, k, lo, last, p, v, yaw, fwd, left, place):
+def collide(c, T, P, k, lo, last, p, v, yaw, fwd, left, place):
     "(position, velocity, yaw rate, place, height of the ground) after walls and islands, and on the road that a car beside its road is nearest to. `place`: of `find`."
     i, t, _, road_left, n, lateral, h = place
     edge, floor = T.half_width[i] + T.verge[i], 0.0
@@ -402,7 +424,8 @@ def collide(T, P, k, lo, last, p, v, yaw, fwd, left, place):
     if island_near(T, lo, last, i):
         p, v, yaw, floor = hit_island(T, P, lo, last, i, p, v, yaw, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h, fwd, left, road_left, n)
         place = find(T, lo, last, i, p, 24)
-    if abs(place[5]) > edge or place[6] < -1.5 or place[6] > 10.0: place = find(T, lo, last, nearest_anywhere(T, k, p[0], p[1], p[2]), p, 0)
+    if abs(place[5]) <= edge and -1.5 <= place[6] <= 10.0: c[CLEAR] = 0.0
+    else: place = elsewhere(c, T, k, lo, last, p, v, place)
     return p, v, yaw, place, floor
 
 @njit(**INLINE)
@@ -411,7 +434,7 @@ def touch(c, T, P, p, v, left, up, fwd, yaw, turn_rate):
     k = int(c[TRACK])
     lo, last = T.offset[k], T.offset[k + 1] - 2
     place = find(T, lo, last, min(max(int(c[SEGMENT]), lo), last), p, 24)
-    p, v, yaw, place, floor = collide(T, P, k, lo, last, p, v, yaw, fwd, left, place)
+    p, v, yaw, place, floor = collide(c, T, P, k, lo, last, p, v, yaw, fwd, left, place)
     i, t, held, road_left, n, lateral, h = place
     above = h - floor
     on = held and abs(lateral) <= T.half_width[i] + T.verge[i] and T.gap[i] == 0 and above <= P.droop and above - dot(v, n) * DT > -SLACK_M
