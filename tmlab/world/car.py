@@ -5,27 +5,15 @@
 # %% auto #0
 __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING', 'CONTACT', 'DAMPER', 'MATERIAL', 'GEAR',
            'GEARBOX', 'SHIFT_STEPS', 'RPM', 'FREE', 'PROGRESS', 'CHECKPOINT', 'TRACK', 'SEGMENT', 'S', 'LATERAL',
-<<<<<<< HEAD
-           'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS', 'DT',
-           'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
+           'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'CLEAR', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS',
+           'DT', 'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
            'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH', 'RPM_KMH',
            'GEAR_MS', 'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3',
            'between', 'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels',
            'forward_change', 'lock_rate', 'turn', 'ground_forces', 'air_forces', 'through_air', 'inverse_root',
            'set_axes', 'settle', 'ahead', 'follow', 'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island',
-           'island_near', 'is_solid', 'island_faces', 'face_hit', 'hit_island', 'land', 'wheels', 'collide', 'touch',
-           'lie', 'engine', 'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
-=======
-           'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'CLEAR', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS',
-           'DT', 'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
-           'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH',
-           'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3', 'between',
-           'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels', 'forward_change', 'turn',
-           'ground_forces', 'air_forces', 'through_air', 'inverse_root', 'set_axes', 'settle', 'ahead', 'follow',
-           'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island', 'island_near', 'is_solid', 'island_faces',
-           'face_hit', 'hit_island', 'land', 'wheels', 'elsewhere', 'collide', 'touch', 'lie', 'engine', 'pressed',
-           'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
->>>>>>> b-car
+           'island_near', 'is_solid', 'island_faces', 'face_hit', 'hit_island', 'land', 'wheels', 'elsewhere',
+           'collide', 'touch', 'lie', 'engine', 'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
 
 # %% ../../nbs/world/10_car.ipynb #37a40c95
 import math
