@@ -10,13 +10,14 @@ __all__ = ['STATION_M', 'FLYING', 'V_MAX', 'PLAIN', 'K_STEP', 'K_MAX', 'LIGHT', 
            'gained', 'braked', 'Line', 'new_line', 'shape', 'limit', 'hold_back', 'next_gear', 'drive_on', 'run_line',
            'relax', 'smooth_offsets', 'corridor', 'push_bump', 'gain_of', 'copy_line', 'sweep_bumps', 'improve',
            'best_line', 'take_off_speed', 'speed_needed', 'slower', 'ways', 'pursuit', 'Plans', 'distance2',
-           'nearest_station', 'point_ahead', 'aim', 'steer_key', 'key_action', 'beside', 'recover', 'choose_line',
-           'act_row', 'styled_offsets', 'plan_line', 'line_metres', 'car_digest', 'planned_ways', 'Expert',
-           'act_noisily', 'act_rows', 'packed', 'begin_rows', 'step_rows', 'throw_cars', 'can_stop', 'disturbed_rows',
-           'drive_rows', 'laps', 'lower_bound', 'Guide', 'fill_to_go', 'make_guide', 'relative', 'time_left', 'Cars',
-           'new_beam', 'cell_of', 'branch', 'rank', 'keep_best', 'Found', 'search_lap', 'walk_back', 'drive_actions',
-           'ReferenceTime', 'search_reference', 'driven_offsets', 'reference_time', 'reference_path', 'save_reference',
-           'read_reference', 'load_reference', 'offer_lap', 'finish_row', 'reference_row', 'survey']
+           'nearest_station', 'point_ahead', 'aim', 'steer_key', 'key_action', 'beside', 'can_start', 'recover',
+           'choose_line', 'act_row', 'styled_offsets', 'plan_line', 'line_metres', 'car_digest', 'planned_ways',
+           'Expert', 'act_noisily', 'act_rows', 'packed', 'begin_rows', 'step_rows', 'throw_cars', 'can_stop',
+           'disturbed_rows', 'drive_rows', 'laps', 'lower_bound', 'Guide', 'fill_to_go', 'make_guide', 'relative',
+           'time_left', 'Cars', 'new_beam', 'cell_of', 'branch', 'rank', 'keep_best', 'Found', 'search_lap',
+           'walk_back', 'drive_actions', 'ReferenceTime', 'search_reference', 'driven_offsets', 'reference_time',
+           'reference_path', 'save_reference', 'read_reference', 'load_reference', 'offer_lap', 'finish_row',
+           'reference_row', 'survey']
 
 # %% ../../nbs/world/40_expert.ipynb #015787b4
 import csv, hashlib, math, time
@@ -34,7 +35,7 @@ from .car import ANG, CAR, DT, GEAR_KMH, GEAR_MS, HEIGHT, LATERAL, OFF, POS, ROT
 from .env import (BEST_MS, EPISODE, FINISH_MS, FINISHED, N_ROW, NO_PROGRESS, RUNNING, TIME, WORLD_VERSION, key_controls, line_arrays, place_on_line, random_mode,
                              restart_cars, step_cars, thread_count, uniform)
 
-# %% ../../nbs/world/40_expert.ipynb #e120734d
+# %% ../../nbs/world/40_expert.ipynb #6970de2b
 STATION_M = 2.0
 FLYING = 31      # in `Way.surface`: no road under the car
 V_MAX = 277.0    # m/s, what the tables of the car reach
@@ -111,7 +112,7 @@ def pieces(track, jumps):
     out += [road_stations(road, at, track.finish_s), road_stations(road, track.finish_s, road.length_m)]
     return out + [(end[0], end[2], end[3], np.array([road.length_m]), *(x[-1:] for x in out[-1][4:]))]
 
-# %% ../../nbs/world/40_expert.ipynb #3cfb2655
+# %% ../../nbs/world/40_expert.ipynb #28875859
 def bends(centre, left):
     "Curvature to the left, 1/m (M,), of stations, over ± 3 of them."
     step = np.maximum(0.05, np.linalg.norm(np.diff(centre, axis=0), axis=1))
@@ -191,7 +192,7 @@ def braked(P, v, m, k, step, rise):
     if v < 27.8 or v * v * k < P.brake_grip * g * P.grip_scale * at_speed(P.side_grip, 3.6 * v): slow += P.brake * min(1.0, g + 0.2)
     return math.sqrt(max(1.0, v * v + 2.0 * slow * step + 2.0 * P.gravity * rise))
 
-# %% ../../nbs/world/40_expert.ipynb #6a29d236
+# %% ../../nbs/world/40_expert.ipynb #86d01abf
 class Line(NamedTuple):
     "A line on a `Way`, arrays of M."
     offset: np.ndarray   # m to the left of the centre
@@ -310,7 +311,7 @@ def corridor(way, margin):
         low[k], high[k] = np.maximum(low[k], -0.5), np.minimum(high[k], 0.5)
     return low, high
 
-# %% ../../nbs/world/40_expert.ipynb #ecb8e520
+# %% ../../nbs/world/40_expert.ipynb #b933edea
 @njit(**PLAIN)
 def push_bump(old, new, low, high, c, half, delta, a, b):
     "Set new's offsets of stations `a` … `b` − 1 to old's and a bump of `delta` m at `c`, `half` stations to each side; whether that changes anything."
@@ -388,7 +389,7 @@ def best_line(way, P=CAR, margin=1.5, use=0.95, slew=0.8, grip=0.62, sweeps=15, 
     line = new_line(offset)
     return line, improve(P, way, line, new_line(offset), low, high, *limit_tables(P, use, slew, grip), crests, sweeps, widest, narrowest)
 
-# %% ../../nbs/world/40_expert.ipynb #7c932b4c
+# %% ../../nbs/world/40_expert.ipynb #3b5a3b45
 CAREFUL = dict(margin=1.5, use=0.95, slew=0.8, grip=0.62)  # what the expert plans with: a reserve for the coarseness of the keys, and less grip than a slide leaves
 
 def take_off_speed(way, a, b, P):
@@ -435,7 +436,7 @@ def ways(track, P=CAR, plan=CAREFUL):
 
 # %% ../../nbs/world/40_expert.ipynb #bb4560df
 STYLES = dict(normal=0.0, early=-10.0, late=10.0, centre=None)  # m by which the offsets are shifted along the road; centre: no offsets
-_VEL, _ROT, _ANG, _TIME, _PROGRESS = (COLUMN[k] for k in ("velocity", "rotation", "angular_velocity", "time_ms", "progress_m"))
+_VEL, _ROT, _ANG, _TIME, _PROGRESS, _MATERIAL = (COLUMN[k] for k in ("velocity", "rotation", "angular_velocity", "time_ms", "progress_m", "wheel_material"))
 DECISION_S = 0.05
 
 def pursuit(P):
@@ -514,7 +515,7 @@ def key_action(gas, brake, key):
     base = (9 if gas else 6) if brake else (0 if gas else 3)
     return base + (0 if key == 0 else 1 if key < 0 else 2)
 
-# %% ../../nbs/world/40_expert.ipynb #1d65a89a
+# %% ../../nbs/world/40_expert.ipynb #a07e8046
 NOT_LOST = -1
 
 @njit(**INLINE)
@@ -527,20 +528,33 @@ def beside(row, L, i, lo, hi):
     dx, dz = row[0] - L.points[i, 0], row[2] - L.points[i, 2]
     return dx * tz - dz * tx, row[_ROT + 2] * tz - row[_ROT + 8] * tx, row[_VEL] * tz - row[_VEL + 2] * tx, row[_VEL] * tx + row[_VEL + 2] * tz
 
+@njit(**INLINE)
+def can_start(P, row):
+    "Whether a car that stands here gets away forwards, and whether backwards: grass and a slope may be too much for it."
+    drive, slow = 0.0, P.rolling
+    for w in range(4): drive += 0.25 * P.surface[int(row[_MATERIAL + w]) & 31, 1]; slow += 0.25 * P.surface[int(row[_MATERIAL + w]) & 31, 2]
+    climb = P.gravity * row[_ROT + 5]
+    return P.drive[0] * drive - slow - climb > 0.4, P.reverse * drive - slow + climb > 0.4
+
 @njit(**PLAIN)
-def recover(P, angle, key, vz, side, aside, left, right):
+def recover(P, angle, key, vz, side, aside, left, right, off, forth, back):
     """The action of a car that points `angle` rad (left positive) away from where it should go, or NOT_LOST when it may just drive on. `side`: sine of its heading to the
-    left, `aside` m/s to the left, `left` and `right` m of ground beside it."""
+    left, `aside` m/s to the left, `left` and `right` m of ground beside it, `off` m left of the line; `forth`, `back`: see `can_start`."""
     turn, width = (-1 if angle > 0.0 else 1), left + right
     front = (left if side > 0.0 else right) / max(0.05, abs(side))
     behind = (right if side > 0.0 else left) / max(0.05, abs(side))
-    stop = vz * vz / (1.4 * P.brake)
+    stop, slow = vz * vz / (1.4 * P.brake), max(3.0, abs(vz))
+    swing = slow / lock_rate(P, slow, 3.6 * slow) * (1.0 - math.sqrt(max(0.0, 1.0 - side * side))) + 0.5  # m aside until a turn at full lock is parallel to the road
+    tight = side * angle < 0.0 and abs(side) > 0.05 and swing > (left if side > 0.0 else right)
+    if not forth and vz < 6.0 and behind > 3.0 + stop: return key_action(False, True, 1 if off > 0.0 else -1)  # backwards down to the road
     if vz > 1.0 and abs(aside) > 2.0 and aside * aside > 0.9 * P.brake * max(0.3, left if aside > 0.0 else right): return key_action(False, True, key)
     if vz <= -0.5:
-        if abs(angle) > 0.5 and behind > 3.0 + stop: return key_action(False, True, -turn)
+        if (abs(angle) > 0.5 or tight) and behind > 3.0 + stop: return key_action(False, True, -turn)
         return key_action(True, False, key)
+    if tight and vz >= 2.0: return key_action(False, True, turn)
+    if tight and back and behind > 3.0: return key_action(False, True, -turn)
     if abs(angle) < 0.8: return NOT_LOST
-    if vz < 2.0 and front < 0.33 * width: return key_action(False, True, -turn)
+    if vz < 2.0 and front < 0.33 * width and (back or front < 2.0): return key_action(False, True, -turn)
     if vz >= 2.0 and front < 0.22 * width + stop: return key_action(False, True, turn)
     return key_action(vz < 9.0, vz > 11.0, turn)
 
@@ -565,15 +579,16 @@ def act_row(row, L, style, track, P):
     angle, distance = aim(row, L, max(lo, i - 3), hi, vz, yaw)
     key = steer_key(P, 2.0 * math.sin(angle) / distance * abs(vz) if abs(angle) < 1.2 else math.copysign(3.0, angle), yaw, vz)
     off, side, aside, onward = beside(row, L, i, lo, hi)
-    if abs(angle) > 0.6 or abs(off) > 4.0 or onward < 0.8 * v:
-        action = recover(P, angle, key, vz, side, aside, L.room[i, 0] - off, L.room[i, 1] + off)
+    forth, back = can_start(P, row)
+    if abs(angle) > 0.6 or abs(off) > 4.0 or onward < 0.8 * v or not forth:
+        action = recover(P, angle, key, vz, side, aside, L.room[i, 0] - off, L.room[i, 1] + off, off, forth, back)
         if action != NOT_LOST: return action
     allowed = L.speed[min(hi - 1, i + 1 + int(0.05 * v))]
     if abs(off) > 1.0: allowed *= max(0.6, 1.0 - 0.04 * (abs(off) - 1.0))
     if abs(angle) > 0.5: allowed = min(allowed, 15.0)
     return key_action(v < allowed, v > allowed + 2.0 and vz > 0.0, key)
 
-# %% ../../nbs/world/40_expert.ipynb #58e5225e
+# %% ../../nbs/world/40_expert.ipynb #0d2c1241
 def styled_offsets(way, offset, style, P):
     "Offsets (M,) of a style: those of the fastest line shifted along the road and made smooth again, or the centre, kept inside the corridor."
     low, high = corridor(way, CAREFUL["margin"])
@@ -635,7 +650,7 @@ class Expert:
 
     def act(self, state, track=None, cars=None):
         "Action indices (n,) for a `CarState`; `track` (n,) index of each car's track (default 0), `cars` (n,) the cars' numbers (default 0 … n − 1)."
-        state.require("position", "velocity", "rotation", "angular_velocity", "time_ms", "progress_m")
+        state.require("position", "velocity", "rotation", "angular_velocity", "time_ms", "progress_m", "wheel_material")
         return self.act_rows(pack_rows(state), track, cars)
 
     def act_rows(self, rows, track=None, cars=None):
@@ -749,7 +764,7 @@ def lower_bound(track, P=CAR, starts=()):
     best = min(best_line(w, P, slew=math.inf, start=o, **LOOSE)[1] for w, o in begins)
     return (1 - BOUND_MARGIN) * best
 
-# %% ../../nbs/world/40_expert.ipynb #cf840ef8
+# %% ../../nbs/world/40_expert.ipynb #5565bb69
 SPEEDS = 280  # m/s, entries of the table of the time to go
 
 class Guide(NamedTuple):
@@ -805,7 +820,7 @@ def time_left(c, G, i, f, n, angle, v, weights):
     soon, over, swing = n + 0.2 * angle * v, max(0.0, v - G.held[e]), c[YAW] - v * G.kappa[i]
     return t + weights[0] * (n * n + soon * soon) + weights[1] * angle * angle + weights[2] * swing * swing + weights[3] * over * over
 
-# %% ../../nbs/world/40_expert.ipynb #13a1088a
+# %% ../../nbs/world/40_expert.ipynb #4d62dbe1
 TRIED = np.array([0, 1, 2, 6, 7, 8, 3, 4, 5])  # actions: gas, brake, neither, with and without steering
 CELLS = np.array([0.2, 0.02, 0.25, 0.7])       # m, rad, of full lock, m/s: what counts as the same state
 LOST_M = 20.0                                  # from the line, where a car is given up
@@ -901,7 +916,7 @@ def walk_back(past, parent, action):
         parent = parents[parent]
     return TRIED[np.array(path[::-1])]
 
-# %% ../../nbs/world/40_expert.ipynb #d99124ee
+# %% ../../nbs/world/40_expert.ipynb #0b863e15
 def drive_actions(track, actions, P=CAR):
     "(seconds or None, rows (n, N_ROW) before each action) of a lap with these action indices from the start."
     T, L = packed([track])
@@ -912,8 +927,8 @@ def drive_actions(track, actions, P=CAR):
         if end[0] != RUNNING: break
     return (now[0, FINISH_MS] / 1000 if end[0] == FINISHED else None), np.array(rows)
 
-# %% ../../nbs/world/40_expert.ipynb #f92833fb
-DECISIONS = 1_800_000
+# %% ../../nbs/world/40_expert.ipynb #2782e2ce
+DECISIONS = 5_000_000
 SEARCH_VERSION = 2   # of how a reference is found
 GUIDES = [dict(margin=0.3, use=1.0, slew=1.1, grip=0.7), dict(margin=0.0, use=1.0, slew=1.25, grip=0.85), dict(margin=0.8, use=0.98, slew=0.9, grip=0.65)]
 WEIGHTS = [(0.004, 0.5, 0.0, 0.001), (0.002, 0.3, 0.002, 0.001), (0.01, 1.0, 0.005, 0.002)]
@@ -964,7 +979,7 @@ def reference_time(track, threads=None, car=CAR, decisions=DECISIONS):
         starts.append((way, driven_offsets(way, drive_actions(track, actions, car)[1])))
     return ReferenceTime(float(best), lower_bound(track, car, starts), 1, by, track.hash, car_digest(car), actions)
 
-# %% ../../nbs/world/40_expert.ipynb #96082305
+# %% ../../nbs/world/40_expert.ipynb #ceb6c5f1
 def reference_path(track_dir):
     "(path of the kept reference, hash of the track there)."
     track_dir = Path(track_dir)
@@ -1002,7 +1017,7 @@ def offer_lap(track_dir, seconds, by, actions=(), car=CAR):
         write_json(path, kept)
         return True
 
-# %% ../../nbs/world/40_expert.ipynb #ef71e7ac
+# %% ../../nbs/world/40_expert.ipynb #b4f9695a
 def finish_row(track):
     "Finish of the expert from the start, and of 4 disturbed cars."
     expert = Expert(track)
