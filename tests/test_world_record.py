@@ -1,5 +1,5 @@
 """Recorded laps and imported ghosts: same bytes however made, whole or not at all, bad files refused one by one."""
-import os, shutil, signal, subprocess, sys, time
+import hashlib, os, shutil, signal, subprocess, sys, time
 import numpy as np
 import pytest
 from tmlab.core.runs import real_data
@@ -92,3 +92,22 @@ def test_ghosts_without_inputs_and_several_in_a_file(tmp_path):
     unfinished = next(m for n, m in manifests.items() if n.startswith("Oach"))
     assert unfinished.metadata["race_finished"] is False and unfinished.metadata["race_time_ms"] is None
     assert not unfinished.has_actions and unfinished.actions is None and np.isfinite(unfinished.states.position).all()
+
+
+@needs_real
+def test_other_files_of_the_same_name(tmp_path):
+    "Two files of one map and one name: the second folder gets a piece of the file's hash, in one call or in two, and each is found again."
+    names = ["TAS_Training_Map1_9310_drunkfinn.Replay.Gbx", "TAS_Training_Map1_9290_drunkfinn.Replay.Gbx"]
+    files = [tmp_path / d / "mine.Replay.Gbx" for d in "ab"]
+    for f, n in zip(files, names):
+        f.parent.mkdir()
+        shutil.copy(real_data("replays/stadium", n), f)
+    first, second = (import_replays(f, tmp_path / "img", threads=1, quiet=True) for f in files)
+    assert not first.refused + second.refused and [f.name for f in first.written] == ["mine.Replay"]
+    (folder,) = second.written
+    assert folder.name == f"mine.Replay-{hashlib.sha256(files[1].read_bytes()).hexdigest()[:8]}" and not check_replay(folder)
+    assert [read_manifest(f).metadata["race_time_ms"] for f in first.written + second.written] == [9310, 9290]
+    before = bytes_of(tmp_path)
+    again = import_replays(files[::-1], tmp_path / "img", threads=1, quiet=True)
+    assert sorted(again.skipped) == sorted(first.written + second.written) and not again.written + again.refused and bytes_of(tmp_path) == before
+    assert len({f.name for f in import_replays(files, tmp_path / "together/img", threads=1, quiet=True).written}) == 2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['command', 'commands', 'Parser', 'parser', 'import_', 'generate', 'check', 'prepare', 'card', 'configured', 'pretrain',
-           'inject', 'train', 'evaluate', 'compare', 'write_figures', 'run', 'report', 'demo', 'lab', 'main', 'usage',
-           'run_command']
+           'inject', 'train', 'evaluate', 'compare', 'write_figures', 'run', 'report', 'demo', 'bench', 'lab', 'main',
+           'usage', 'run_command']
 
 # %% ../nbs/20_cli.ipynb #1355ff54
 import argparse, os, sys
@@ -213,6 +213,25 @@ def demo(argv):
     a = p.parse_args(argv)
     from tmlab.demo import run_demo
     print(run_demo(a.out, a.reports, a.scale))
+
+@command
+def bench(argv):
+    "Measure speed beside the targets: `tmlab bench world` for the simulator, its frames and the writing of replays."
+    p = parser("bench")
+    p.add_argument("suite", choices=["world"])
+    p.add_argument("--json", action="store_true", help="print one flat JSON object of medians and nothing else")
+    p.add_argument("--seconds", type=float, default=1.0, help="length of each measurement")
+    p.add_argument("--repeats", type=int, default=5, help="rounds; every measurement is made once in each")
+    p.add_argument("--threads", type=int, help="default: 2, or 1 where there is one core")
+    p.add_argument("--cars", type=int, default=1024)
+    p.add_argument("--tracks", type=int, default=64, help="number of different hilly tracks")
+    a = p.parse_args(argv)
+    import json
+    from tmlab.bench import bench_world, flat
+    figures, text = bench_world(a.seconds, a.repeats, a.threads, a.cars, a.tracks)
+    for f in figures:
+        if f.values is None: print(f"{f.name}: {f.why}", file=sys.stderr)
+    print(json.dumps(flat(figures)) if a.json else "\n".join(text))
 
 @command
 def lab(argv):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FLOAT_SLICES', 'N_FLOATS', 'PIXEL_FLOATS', 'MARGIN_M', 'ZONES_APART', 'ZONES_AHEAD', 'FLOAT_MEAN', 'FLOAT_STD',
-           'COLUMN', 'N_COLUMNS', 'LINE_BEFORE', 'LINE_AFTER', 'MAX_ZONE_DISTANCE_M', 'MAX_ZONE_M2', 'MATERIAL_GROUP',
-           'NEEDS', 'float_statistics', 'state_columns', 'pack_rows', 'row_fields', 'zone_metres', 'squared_distance',
-           'advance_zone', 'along_axis', 'metres_in_zone', 'follow_zones', 'follow_line', 'road_points', 'road_column',
-           'to_car_frame', 'road_row', 'float_row', 'fill_rows', 'known_floats', 'float_vectors']
+           'COLUMN', 'N_COLUMNS', 'INLINE', 'LINE_BEFORE', 'LINE_AFTER', 'MAX_ZONE_DISTANCE_M', 'MAX_ZONE_M2',
+           'MATERIAL_GROUP', 'NEEDS', 'float_statistics', 'state_columns', 'pack_rows', 'row_fields', 'zone_metres',
+           'squared_distance', 'advance_zone', 'along_axis', 'metres_in_zone', 'follow_zones', 'follow_line',
+           'road_points', 'road_column', 'to_car_frame', 'road_row', 'float_row', 'fill_rows', 'known_floats',
+           'float_vectors']
 
 # %% ../../nbs/replays/60_floats.ipynb #3da66eae
 import numpy as np
@@ -64,6 +65,8 @@ def row_fields(rows):
     return {k: rows[:, COLUMN[k]:COLUMN[k] + int(np.prod(shape))].reshape(len(rows), *shape) if shape else rows[:, COLUMN[k]] for k, shape in SHAPES.items()}
 
 # %% ../../nbs/replays/60_floats.ipynb #31901543
+# compiled functions that are called for each car: without `_nrt=False` each call would count references to every array of its arguments, 0.25 µs for a packed track
+INLINE = dict(cache=True, nogil=True, error_model="numpy", forceinline=True, _nrt=False)
 LINE_BEFORE, LINE_AFTER, MAX_ZONE_DISTANCE_M = 20, 1000, 45.0007
 MAX_ZONE_M2 = MAX_ZONE_DISTANCE_M ** 2
 
@@ -74,13 +77,13 @@ def zone_metres(points):
     first = m[LINE_BEFORE - 1] + np.linalg.norm(points[LINE_BEFORE] - mid[LINE_BEFORE - 1])
     return m - first
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def squared_distance(points, i, x, y, z):
     "m² between point `i` and (x, y, z)."
     dx, dy, dz = points[i, 0] - x, points[i, 1] - y, points[i, 2] - z
     return dx * dx + dy * dy + dz * dz
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def advance_zone(points, lo, hi, zone, x, y, z):
     "The zone (index into `points`) after the car moved to (x, y, z); `lo` … `hi` - 1 are the extended line's points."
     d = squared_distance(points, zone, x, y, z)
@@ -94,14 +97,14 @@ def advance_zone(points, lo, hi, zone, x, y, z):
         zone, d = zone - 1, back
     return zone
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def along_axis(points, zone, k, at):
     "Part along axis `k` of the product of the zone's extent and the way from its start to the car, which is `at` on that axis."
     a = 0.5 * (points[zone - 1, k] + points[zone, k])
     b = 0.5 * (points[zone, k] + points[zone + 1, k])
     return (at - a) * (b - a)
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def metres_in_zone(points, metres, zone, x, y, z):
     "Metres along the line for a car in `zone` at (x, y, z); `metres` from `zone_metres`, of the same line."
     length = metres[zone] - metres[zone - 1]
@@ -122,7 +125,7 @@ def follow_line(points, position, zone=None):
     follow_zones(points, zone_metres(points), np.ascontiguousarray(position, np.float64), LINE_BEFORE if zone is None else zone, zones, progress)
     return zones, progress
 
-# %% ../../nbs/replays/60_floats.ipynb #be553cdd
+# %% ../../nbs/replays/60_floats.ipynb #fb18993f
 def road_points(points):
     """`(ahead (3, 20·R) float32, R)`: the points (N, 3) of an extended line, those that are 20 apart in sequence. A car in zone z sees the 40 columns from
     `road_column(z, R)` on; past the end of the line its last point is repeated. float32 rounds by 0.03 mm at 500 m, 0.06 mm at 1000 m."""
@@ -130,7 +133,7 @@ def road_points(points):
     index = np.arange(ZONES_APART)[:, None] + ZONES_APART * np.arange(per_phase)
     return np.ascontiguousarray(np.asarray(points)[np.minimum(index, len(points) - 1).ravel()].T, np.float32), per_phase
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def road_column(zone, per_phase):
     "Column of `road_points` where the road ahead of `zone` (0 is the line's first point) begins."
     return (zone % ZONES_APART) * per_phase + zone // ZONES_APART
@@ -144,12 +147,12 @@ _POS, _VEL, _ROT, _ANG = COLUMN["position"], COLUMN["velocity"], COLUMN["rotatio
 _SLIDE, _CONTACT, _DAMPER, _MATERIAL = COLUMN["wheel_sliding"], COLUMN["wheel_contact"], COLUMN["wheel_damper"], COLUMN["wheel_material"]
 _GEAR, _GEARBOX, _SHIFT, _RPM, _FREE = COLUMN["gear"], COLUMN["gearbox_state"], COLUMN["shift_steps"], COLUMN["rpm"], COLUMN["freewheeling"]
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def to_car_frame(row, x, y, z, out, at):
     "Write the world vector (x, y, z) in the frame of the car `row` to out[at : at + 3]."
     for k in range(3): out[at + k] = row[_ROT + k] * x + row[_ROT + 3 + k] * y + row[_ROT + 6 + k] * z
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def road_row(row, ahead, column, out):
     "Fill out[62:182] with the 40 points of `ahead` (3, A) from `column` on, in the frame of the car `row`."
     f = np.float32
@@ -162,7 +165,7 @@ def road_row(row, ahead, column, out):
         out[63 + 3 * k] = xy * x + yy * y + zy * z
         out[64 + 3 * k] = xz * x + yz * y + zz * z
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def float_row(row, history, first, ahead, column, margin_m, out):
     """Fill `out` (184,) from a car's `row`, its last 5 actions (oldest first) in `history[first : first + 5]`, the road ahead (`road_points`, `road_column`)
     and the metres to the finish."""

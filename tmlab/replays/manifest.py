@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['META_SHAPES', 'FORMAT_VERSION', 'FRAME_SOURCES', 'PIECE', 'FRAME_NAME', 'is_int', 'encode_jpeg', 'read_bytes',
            'decode_jpeg', 'frames_sha256', 'hash_frame', 'frame_name', 'states_to_json', 'states_from_json',
-           'meta_entries', 'meta_states', 'write_replay', 'json_line', 'pieces', 'in_order', 'write_pieces',
-           'write_bytes', 'entry_columns', 'entry_rows', 'full_metadata', 'entry_problems', 'row_problems', 'Manifest',
+           'meta_entries', 'meta_states', 'write_replay', 'write_list', 'pieces', 'write_frames', 'write_bytes',
+           'entry_columns', 'entry_rows', 'full_metadata', 'entry_problems', 'row_problems', 'Manifest',
            'load_manifest', 'read_metadata', 'manifest_problems', 'read_manifest', 'entry_table', 'check_replay',
            'action_problems', 'frame_problems', 'check_root']
 
 # %% ../../nbs/replays/40_manifest.ipynb #abac29e9
 import hashlib, json, os, re
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 import cv2
 import numpy as np
+import orjson
 import pandas as pd
 from ..core.runs import atomic_path, read_json, write_json
 from ..core.state import DTYPES, SHAPES, make_state
@@ -94,6 +93,8 @@ def meta_entries(states, floats, zone):
     columns = dict(race_time=states.time_ms, time_ms=states.time_ms, position=states.position, velocity=states.velocity,
                    orientation_flat=orientation, angular_velocity=states.angular_velocity, gear_and_wheels=floats[:, 21:53],
                    is_freewheeling=floats[:, 183], zone_centers_in_car_frame=floats[:, 62:182], margin=floats[:, 182], current_zone_idx=np.asarray(zone, int))
+    for k, v in columns.items():
+        if not np.isfinite(v).all(): raise ValueError(f"meta.{k} is not finite")
     return [dict(zip(columns, row)) for row in zip(*(np.asarray(c).tolist() for c in columns.values()))]
 
 def meta_states(meta):
@@ -113,33 +114,34 @@ FORMAT_VERSION = 1
 FRAME_SOURCES = ("rendered", "game")  # drawn by our camera, or captured from the game
 PIECE = 64  # frames that are encoded and written together
 
-def write_replay(folder, frames, entries, metadata, meta=None, actions=None, timestamp=None, threads=1):
+def write_replay(folder, frames, entries, metadata, meta=None, actions=None, timestamp=None):
     """Write the replay folder `<root>/<track_id>/<replay_name>` whole, replacing an older one; returns its path.
 
     `frames` (T, H, W) uint8, or an iterator over pieces (k, H, W) of them in order; `entries` dict: time_ms (T,) and, where known, action_idx (T,),
     inputs (T, 4) bool, states CarState(T), interpolated (T,) bool.
     `metadata` needs frame_source ("rendered" or "game"); source, player, race_finished, race_time_ms are null where the caller does not know them.
     `meta`: dicts in rulka's form, also from an iterator. `actions`: the whole timeline, one index per step_ms. `timestamp`: ISO text for every entry, or one per entry.
-    `threads` encode and write. Bad arguments: ValueError."""
+    Bad arguments: ValueError."""
     folder = Path(folder)
     if metadata.get("frame_source") not in FRAME_SOURCES:
         raise ValueError(f"{folder}: metadata needs frame_source, one of {FRAME_SOURCES}, got {metadata.get('frame_source')!r}")
     columns = entry_columns(folder, entries, timestamp)
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        with open(tmp / "manifest.json", "w") as f:
-            f.write(f'{{"format_version": {FORMAT_VERSION},\n"entries": [')
-            size, digest = write_pieces(folder, tmp, f, pieces(folder, frames, len(columns["file"])), columns, entries, threads)
-            f.write("\n],\n" + f'"actions": {json_line(None if actions is None else np.asarray(actions).astype(int).tolist())},\n"meta": ')
-            f.write("null" if meta is None else "[")
-            for k, m in enumerate(() if meta is None else meta): f.write((",\n" if k else "\n") + json_line(m))
-            f.write("}\n" if meta is None else "\n]}\n")
+        with open(tmp / "manifest.json", "wb") as f:
+            f.write(b'{"format_version": %d,\n"entries": ' % FORMAT_VERSION)
+            size, digest = write_frames(folder, tmp, f, pieces(folder, frames, len(columns["file"])), columns, entries)
+            f.write(b',\n"actions": ' + orjson.dumps(None if actions is None else np.asarray(actions).astype(int).tolist()) + b',\n"meta": ')
+            if meta is None: f.write(b"null")
+            else: write_list(f, meta)
+            f.write(b"}\n")
         write_json(tmp / "metadata.json", full_metadata(folder, size, columns["time_ms"], digest, metadata))
     return folder
 
-def json_line(x):
-    "`x` as one line of JSON; ValueError where it holds a NaN."
-    return json.dumps(x, allow_nan=False)
+def write_list(f, rows, begun=False, end=True):
+    "Rows as JSON into the open file `f`, one a line: a whole list, or with `begun` and without `end` a part of one. A NaN would become null: keep it out."
+    lines = b",\n".join(map(orjson.dumps, rows))
+    f.write((b"" if begun else b"[\n") + (b",\n" if begun and lines else b"") + lines + (b"\n]" if end else b""))
 
 def pieces(folder, frames, n):
     "(number of the first frame, frames (k, H, W)) for all `n` frames, at most `PIECE` at a time; ValueError naming `folder` when they do not fit."
@@ -152,30 +154,20 @@ def pieces(folder, frames, n):
         first += len(part)
     if first != n: raise ValueError(f"{folder}: {first} frames for {n} entries")
 
-def in_order(f, items, threads):
-    "`f` of each item, in order; `threads` threads work ahead by as many items each."
-    if threads == 1: yield from map(f, items); return
-    waiting = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for x in items:
-            waiting.append(pool.submit(f, x))
-            if len(waiting) > 2 * threads: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
-
 # %% ../../nbs/replays/40_manifest.ipynb #0cc6b5bc
-def write_pieces(folder, tmp, manifest, numbered, columns, entries, threads):
-    "Write the frames into `tmp` and their entries into the open `manifest`; ((H, W), SHA-256 over the frames as `frames_sha256`)."
-    def write(item):
-        first, frames = item
-        rows, encoded = entry_rows(folder, columns, entries, first, len(frames)), [encode_jpeg(f) for f in frames]
-        for row, data in zip(rows, encoded): write_bytes(f"{tmp}/{row['file']}", data)
-        return rows, encoded, ",\n".join(map(json_line, rows)), frames.shape[1:]
+def write_frames(folder, tmp, manifest, numbered, columns, entries):
+    "Write the frames into `tmp` and the list of their entries into the open `manifest`; ((H, W), SHA-256 over the frames as `frames_sha256`)."
     digest, begun = hashlib.sha256(), False
-    for rows, encoded, text, size in in_order(write, numbered, threads):
-        for row, data in zip(rows, encoded): hash_frame(digest, row["file"], data)
-        manifest.write((",\n" if begun else "\n") + text)
+    for first, frames in numbered:
+        rows = entry_rows(folder, columns, entries, first, len(frames))
+        for row, frame in zip(rows, frames):
+            data = encode_jpeg(frame)
+            write_bytes(f"{tmp}/{row['file']}", data)
+            hash_frame(digest, row["file"], data)
+        write_list(manifest, rows, begun, end=False)
         begun = True
-    return size, digest.hexdigest()
+    manifest.write(b"\n]")
+    return frames.shape[1:], digest.hexdigest()
 
 def write_bytes(path, data):
     "A new file with these bytes (a third faster than `open`, which matters for thousands of small files)."

@@ -6,13 +6,16 @@
 __all__ = ['ASPHALT', 'GRASS', 'DIRT', 'TURBO', 'SKY', 'GROUND', 'ROAD', 'EDGE', 'VERGE', 'WALL', 'GATE', 'CAR', 'EDGE_WIDTH',
            'ISLAND_HEIGHT', 'POST', 'GATE_HEIGHT', 'BEAM', 'CHUNK', 'Road', 'unit', 'equal_spacing', 'sweep_frames',
            'build_road', 'smooth_points', 'on_segment', 'between_planes', 'place', 'nearest_segment', 'walk', 'locate',
-           'turn_radius', 'edge_share', 'road_mesh', 'island_segments', 'island_mesh', 'gate_mesh', 'chunk_balls']
+           'turn_radius', 'edge_share', 'road_mesh', 'island_segments', 'island_mesh', 'gate_mesh', 'chunk_balls',
+           'ray_hit', 'surface_at', 'reach_out', 'wall_height', 'scan_section', 'road_from_mesh', 'mesh_parts',
+           'scan_points', 'scan_road', 'road_through']
 
 # %% ../../nbs/tracks/20_geometry.ipynb #609def5a
 import math
 from dataclasses import dataclass
 import numpy as np
 from numba import njit
+from scipy.spatial import cKDTree
 from .line import check_points, cumulative_m, moving_mean
 
 # %% ../../nbs/tracks/20_geometry.ipynb #4bc9ba48
@@ -271,3 +274,118 @@ def chunk_balls(road, gates_s=()):
         middle = (p.min(axis=0) + p.max(axis=0)) / 2
         balls.append([*middle, np.linalg.norm(p - middle, axis=1).max() + 0.1])  # edges bulge a little between sections
     return np.array(balls)
+
+# %% ../../nbs/tracks/20_geometry.ipynb #852cecba
+@njit(cache=True, nogil=True)
+def ray_hit(corner, edge1, edge2, kind, px, py, pz, dx, dy, dz, far):
+    "(distance, kind) of the first triangle that the ray from (px, py, pz) along (dx, dy, dz) meets within `far`; (infinity, -1) when there is none."
+    best, found = np.inf, -1
+    for k in range(len(corner)):
+        ax, ay, az, bx, by, bz = edge1[k, 0], edge1[k, 1], edge1[k, 2], edge2[k, 0], edge2[k, 1], edge2[k, 2]
+        nx, ny, nz = dy * bz - dz * by, dz * bx - dx * bz, dx * by - dy * bx
+        det = ax * nx + ay * ny + az * nz
+        if abs(det) < 1e-12: continue
+        tx, ty, tz = px - corner[k, 0], py - corner[k, 1], pz - corner[k, 2]
+        u = (tx * nx + ty * ny + tz * nz) / det
+        qx, qy, qz = ty * az - tz * ay, tz * ax - tx * az, tx * ay - ty * ax
+        v = (dx * qx + dy * qy + dz * qz) / det
+        d = (bx * qx + by * qy + bz * qz) / det
+        if u >= -1e-7 and v >= -1e-7 and u + v <= 1.0000001 and 0.0 <= d <= min(far, best): best, found = d, kind[k]
+    return best, found
+
+@njit(cache=True, nogil=True)
+def surface_at(mesh, p, left, up, x, above, below):
+    "(height over the section's line, kind) of the surface `x` m to the left of `p`; infinite where there is none."
+    d, kind = ray_hit(*mesh, p[0] + x * left[0] + above * up[0], p[1] + x * left[1] + above * up[1], p[2] + x * left[2] + above * up[2], -up[0], -up[1], -up[2], above + below)
+    return above - d, kind
+
+@njit(cache=True, nogil=True)
+def reach_out(mesh, p, left, up, step, reach, above, below, most_kind):
+    "Metres to the left (right for negative `step`) to which the surface goes on without a jump of more than |step|, with kinds up to `most_kind`."
+    good, last, x = 0.0, surface_at(mesh, p, left, up, 0.0, above, below)[0], 0.0
+    while abs(x) < reach:
+        x += step
+        h, kind = surface_at(mesh, p, left, up, x, above, below)
+        if not abs(h - last) < abs(step) or kind > most_kind: break
+        good, last = x, h
+    bad = x
+    for _ in range(8):
+        middle = (good + bad) / 2
+        h, kind = surface_at(mesh, p, left, up, middle, above, below)
+        if abs(h - last) < abs(step) and kind <= most_kind: good = middle
+        else: bad = middle
+    return abs(good)
+
+@njit(cache=True, nogil=True)
+def wall_height(mesh, p, left, up, x, reach=0.6, most=4.0):
+    "Height, m, over the surface of a wall that stands within `reach` m outside `x` (left positive); 0 is none."
+    side, low, high = (1.0 if x > 0 else -1.0), 0.0, most
+    for _ in range(10):
+        h = 0.15 if high == most and low == 0.0 else (low + high) / 2
+        d, _ = ray_hit(*mesh, p[0] + x * left[0] + h * up[0], p[1] + x * left[1] + h * up[1], p[2] + x * left[2] + h * up[2], side * left[0], side * left[1], side * left[2], reach)
+        if d < np.inf: low = h
+        elif low == 0.0: return 0.0
+        else: high = h
+    return low
+
+@njit(cache=True, nogil=True)
+def scan_section(mesh, p, left, up, reach, above, below, step, out):
+    "Fill `out` (8,): left and right edge, left and right end of the verge, height at the line, rise to the left, left and right wall; NaN without a surface."
+    out[:] = np.nan
+    if surface_at(mesh, p, left, up, 0.0, above, below)[0] == -np.inf: return
+    for k, sign in enumerate((1.0, -1.0)):
+        out[k] = reach_out(mesh, p, left, up, sign * step, reach, above, below, 0)
+        out[2 + k] = reach_out(mesh, p, left, up, sign * step, reach, above, below, 1)
+    n, sx, sy, sxx, sxy = 0.0, 0.0, 0.0, 0.0, 0.0
+    for x in np.linspace(-out[3] + 0.02, out[2] - 0.02, 25):
+        h = surface_at(mesh, p, left, up, x, above, below)[0]
+        if h > -np.inf: n += 1; sx += x; sy += h; sxx += x * x; sxy += x * h
+    out[5] = (n * sxy - sx * sy) / max(1e-9, n * sxx - sx * sx)
+    out[4] = (sy - out[5] * sx) / n
+    for k, sign in enumerate((1.0, -1.0)):
+        x = sign * max(0.0, out[2 + k] - 0.3)
+        out[6 + k] = wall_height(mesh, p + (out[4] + out[5] * x) * up, left, up, x)
+
+# %% ../../nbs/tracks/20_geometry.ipynb #f10e4a4f
+def road_from_mesh(vertices, triangles, line_points, classes=None, up=None, reach_m=20.0, above_m=1.5, below_m=4.0, step_m=0.3, smooth_m=0.0, passes=3):
+    """`Road` on a mesh of `vertices` (V, 3) and `triangles` (F, 3) along driven `line_points` (N, 3): height, bank, width and walls of each section; a gap where nothing is
+    between `above_m` over and `below_m` under the line. `classes` (F,) as of `road_mesh` tell verges and walls from road; `up` is the wished direction, as in `build_road`."""
+    tree, parts = mesh_parts(vertices, triangles, classes)
+    road = build_road(line_points, 1.0, 0.0, up=up, smooth_m=smooth_m)
+    for _ in range(passes):
+        seen = scan_road(tree, parts, road, reach_m, above_m, below_m, step_m)
+        here = np.convolve(np.isnan(seen[:, 4]), np.ones(7), "same") == 0  # beside a gap a skew section sees half of the road
+        if here.sum() < 2: raise ValueError("road from mesh: no surface under the line; check the units, the axes (y is up) and `below_m`")
+        road = road_through(road, np.stack([np.interp(road.s, road.s[here], column[here]) for column in seen.T], axis=1), classes is not None)
+    middles = road.frame((road.s[:-1] + road.s[1:]) / 2)
+    road.gap[:-1] = [np.isnan(seen[0, 4]) for seen in (scan_points(tree, parts, *(a[[i]] for a in middles), 2.0, above_m, below_m, step_m) for i in range(len(road) - 1))]
+    return road
+
+def mesh_parts(vertices, triangles, classes):
+    "(tree of the triangles' middles, (corner, edge, edge, kind, reach)); kind 0 road, 1 verge, 2 never driven on; without classes steep ones are 2."
+    v, f = np.asarray(vertices, np.float64), np.asarray(triangles)
+    if v.ndim != 2 or f.ndim != 2 or v.shape[1] != 3 or f.shape[1] != 3 or not len(f): raise ValueError(f"road from mesh: vertices {v.shape}, triangles {f.shape}; expected (V, 3) and (F, 3)")
+    corner, edge1, edge2 = v[f[:, 0]], v[f[:, 1]] - v[f[:, 0]], v[f[:, 2]] - v[f[:, 0]]
+    if classes is None: kind = np.zeros(len(f), np.int64)
+    else: kind = np.select([np.isin(classes, (ROAD, EDGE)), np.asarray(classes) == VERGE], [0, 1], 2)
+    middle = corner + (edge1 + edge2) / 3
+    return cKDTree(middle), (corner, edge1, edge2, kind, float(np.linalg.norm(v[f] - middle[:, None], axis=2).max()))
+
+def scan_points(tree, parts, centre, tangent, left, up, reach, above, below, step):
+    "`scan_section` of sections (n, 3): (n, 8)."
+    out, size = np.full((len(centre), 8), np.nan), parts[4]
+    for i, near in enumerate(tree.query_ball_point(centre, math.hypot(reach, above + below) + size)):
+        near = np.array(near, np.int64)
+        if len(near): near = near[np.abs((tree.data[near] - centre[i]) @ tangent[i]) <= size + 0.01]
+        if len(near): scan_section(tuple(a[near] for a in parts[:4]), centre[i], left[i], up[i], reach, above, below, step, out[i])
+    return out
+
+def scan_road(tree, parts, road, *how): return scan_points(tree, parts, road.centre, road.tangent, road.left, road.up, *how)
+
+def road_through(road, seen, verges):
+    "The road along the middles of scanned sections `seen` (N, 8), level with the surface."
+    left, right = seen[:, 0], seen[:, 1]
+    half, middle = np.maximum(0.1, (left + right) / 2), (left - right) / 2
+    centre = road.centre + road.left * middle[:, None] + road.up * (seen[:, 4] + seen[:, 5] * middle)[:, None]
+    verge = np.maximum(0, (seen[:, 2] + seen[:, 3]) / 2 - half) if verges else 0.0
+    return build_road(centre, half, verge, up=unit(road.up - road.left * seen[:, 5:6]), wall=seen[:, 6:8])

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING', 'CONTACT', 'DAMPER', 'MATERIAL', 'GEAR',
            'GEARBOX', 'SHIFT_STEPS', 'RPM', 'FREE', 'PROGRESS', 'CHECKPOINT', 'TRACK', 'SEGMENT', 'S', 'LATERAL',
-           'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS', 'DT',
-           'WHEEL_X', 'WHEEL_Z', 'MAX_KMH', 'DRIVE', 'SIDE_GRIP', 'STEERING', 'CAR', 'INLINE', 'GEAR_KMH',
-           'lookup_table', 'surface_table', 'CarParams', 'load', 'row3', 'store', 'dot', 'cross', 'plus', 'minus',
-           'mix', 'axis', 'clip', 'inverse_length', 'at_speed', 'under_wheels', 'forward_change', 'turn',
-           'ground_forces', 'air_forces', 'set_axes', 'ahead', 'follow', 'search', 'hit_wall', 'wheels', 'touch',
-           'engine', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
+           'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'CLEAR', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS',
+           'DT', 'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
+           'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH', 'RPM_KMH',
+           'GEAR_MS', 'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3',
+           'between', 'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels',
+           'forward_change', 'lock_rate', 'turn', 'ground_forces', 'air_forces', 'through_air', 'inverse_root',
+           'set_axes', 'settle', 'ahead', 'follow', 'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island',
+           'island_near', 'is_solid', 'island_faces', 'face_hit', 'hit_island', 'land', 'wheels', 'elsewhere',
+           'collide', 'touch', 'lie', 'engine', 'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
 
 # %% ../../nbs/world/10_car.ipynb #37a40c95
 import math
@@ -19,7 +22,8 @@ import numpy as np
 from numba import njit
 from ..core.state import make_state
 from ..replays.floats import COLUMN, N_COLUMNS, row_fields
-from ..tracks.geometry import locate
+from ..tracks.geometry import GRASS, ISLAND_HEIGHT, TURBO
+from ..tracks.track import nearest_anywhere
 
 # %% ../../nbs/world/10_car.ipynb #ff33cd55
 POS, VEL, ROT, ANG, TIME = (COLUMN[k] for k in ("position", "velocity", "rotation", "angular_velocity", "time_ms"))
@@ -27,71 +31,100 @@ STEER, GAS, BRAKE = (COLUMN[k] for k in ("steer", "gas", "brake"))
 SLIDING, CONTACT, DAMPER, MATERIAL = (COLUMN[f"wheel_{k}"] for k in ("sliding", "contact", "damper", "material"))
 GEAR, GEARBOX, SHIFT_STEPS, RPM, FREE, PROGRESS, CHECKPOINT = (COLUMN[k] for k in ("gear", "gearbox_state", "shift_steps", "rpm", "freewheeling", "progress_m", "checkpoint"))
 # what only the simulation knows, after the fields of a CarState
-(TRACK, SEGMENT, S, LATERAL, HEIGHT, STEERED, YAW, TURBO_MS, SHIFT_MS, OFF, DAMPER_V) = range(N_COLUMNS, N_COLUMNS + 11)
+(TRACK, SEGMENT, S, LATERAL, HEIGHT, STEERED, YAW, TURBO_MS, SHIFT_MS, OFF, CLEAR, DAMPER_V) = range(N_COLUMNS, N_COLUMNS + 12)
 N_CAR = DAMPER_V + 4  # the env adds its own columns after these
 
 TICK_MS, TICKS, DT = 10, 5, 0.01  # physics step, steps a decision, seconds a step
 WHEEL_X = np.array([0.86, -0.86, -0.86, 0.86])   # m to the left of the car's centre: front left, front right, rear right, rear left
 WHEEL_Z = np.array([1.78, 1.78, -1.21, -1.21])   # m ahead
+TURBO2, FREE_WHEELING = 26, 29                   # material ids beside those of tracks.geometry
+NOSE, TAIL, SIDE = 1.8, 1.2, 1.0                 # m from the centre to the car's ends, for collisions
+MAX_MPS = 1000 / 3.6                             # the game's limit
 
 # %% ../../nbs/world/10_car.ipynb #87e586cf
 MAX_KMH = 1000
 DRIVE = ((0, 16), (100, 16), (101, 11), (200, 11), (201, 7), (400, 7), (401, 5.5), (800, 5.5), (801, 1), (1000, 1))  # m/s², published
 SIDE_GRIP = ((0, 80), (100, 80), (200, 75), (300, 67), (400, 60), (500, 55), (1000, 55))                             # m/s², published, before `grip_scale`
 STEERING = ((0, 16), (50, 10.4), (100, 8.5), (200, 5.5), (300, 4.25), (500, 3.75), (1000, 3.75))                     # ratio, published; × `steer_scale` rad/s
+ROLLING, AIR_DRAG = 0.08, 2e-6                                                                                       # m/s², 1/m
 
 def lookup_table(points):
     "Values at 0 … 1000 km/h (1001,) of a table of (km/h, value)."
     kmh, value = np.array(points, float).T
     return np.interp(np.arange(MAX_KMH + 1), kmh, value)
 
+def engine_table(rolling=ROLLING, air_drag=AIR_DRAG):
+    "Acceleration by the engine, m/s² at 0 … 1000 km/h: the published one is what is left of it on a level road."
+    return lookup_table(DRIVE) + rolling + air_drag * (np.arange(MAX_KMH + 1) / 3.6) ** 2
+
 def surface_table():
     "(32, 3): grip factor, drive factor and extra rolling resistance (m/s²) of each material id."
     t = np.tile([1.0, 1.0, 0.0], (32, 1))
     t[[2, 20]] = 0.30, 0.55, 6.2                             # grass
-    t[[5, 6, 8, 17]] = 0.55, 0.90, 0.8                       # sand, dirt
+    t[[5, 6, 8, 17]] = 0.306, 0.83, 0.77                     # sand, dirt; fitted on StadiumA2
     t[[3, 21]] = 0.12, 0.60, 0.0                             # ice, snow
     t[[10]] = 0.25, 0.80, 0.0                                # sliding rubber
     return t
 
 class CarParams(NamedTuple):
     "What a fit may change, as arguments of the kernels: no recompilation."
-    drive: np.ndarray = lookup_table(DRIVE)
+    drive: np.ndarray = engine_table()
     side_grip: np.ndarray = lookup_table(SIDE_GRIP)
     steering: np.ndarray = lookup_table(STEERING)
     surface: np.ndarray = surface_table()
-    grip_scale: float = 1.7        # measured on A01
-    steer_scale: float = 0.21      # rad/s per unit of STEERING, measured on A01
-    steer_slew: float = 4.5        # 1/s, full lock in 0.22 s
-    yaw_lag: float = 0.05          # s
-    min_radius: float = 7.0        # m
-    steer_drag: float = 1.1        # m/s² at full lock, measured on A01
-    rolling: float = 0.08          # m/s², measured on A01 (0.04 … 0.2)
-    coast: float = 2.0             # m/s² without gas
-    air_drag: float = 2e-6         # 1/m, too small to see on A01
-    brake: float = 22.0            # m/s²
+    grip_scale: float = 2.076      # × SIDE_GRIP before a slide; fitted on A01
+    steer_scale: float = 0.2095    # rad/s per unit of STEERING; fitted on A01
+    steer_slew: float = 19.75      # 1/s, full lock in 0.05 s; fitted on A01
+    yaw_lag: float = 0.1488        # s; fitted on A01
+    min_radius: float = 5.29       # m, turning circle at rest; fitted on Zigzags
+    radius_rate: float = 0.334     # s, how it grows with speed; fitted on Zigzags
+    side_rate: float = 43.5        # 1/s, how fast lateral speed dies; fitted on A01
+    side_turn: float = 0.389       # share of speed · turn rate that the tyres give at once; fitted on A01
+    side_steer: float = 26.2       # m/s² sideways by the front wheels at full lock; fitted on A01
+    steer_drag: float = 0.814      # m/s² at full lock; fitted on A01
+    rolling: float = ROLLING       # m/s²
+    coast: float = 1.2             # m/s² without gas, measured on A01 and Zigzags
+    coast_rate: float = 0.30       # 1/s, and this share of the speed; the same
+    air_drag: float = AIR_DRAG     # 1/m
+    brake: float = 20.0            # m/s², chosen: A01 has taps only
+    brake_slide: float = 0.39      # share of it left while sliding; fitted on Hockolicious and TMNF-Trial
     reverse: float = 14.0          # m/s²
     reverse_top: float = 18.0      # m/s
-    brake_grip: float = 0.5        # side grip left under braking above 100 km/h
-    slide_grip: float = 0.8        # side grip left while sliding
-    slide_brake: float = 3.0       # m/s²
-    align: float = 4.0             # 1/s, how fast a sliding car turns into its path
-    gravity: float = 25.0          # m/s², measured on A01 (24.8)
+    brake_grip: float = 0.270      # side grip left under braking above 100 km/h; the same
+    slide_grip: float = 0.6845     # side grip left while sliding; fitted on A01
+    slide_brake: float = 1.96      # m/s², the most that a slide costs; fitted on Hockolicious and TMNF-Trial
+    slide_push: float = 1.17       # 1/s, forward push per m/s sideways under gas; fitted on A01
+    slide_best: float = 7.89       # the push ends at a slip of 1 / this; fitted on A01
+    gravity: float = 25.0          # m/s²
     droop: float = 0.10            # m, how far the wheels follow a surface that drops away
+    settle: float = 18.0           # 1/s, how fast a car that stands turns parallel to the road
     turbo: float = 5.0             # factor on the drive
     turbo_ms: float = 250.0
+    air_steer: float = 0.8         # rad/s² of yaw by full steering in the air
+    air_brake: float = 15.0        # 1/s, how fast the brake stops the rotation in the air
+    air_spin: float = 0.27         # 1/s, how fast it dies without, measured on A01
+    air_rate: float = 0.03         # 1/s, drag of a flying car, measured on A01
+    wall_bounce: float = 0.2       # share of the speed into a wall that comes back
+    wall_drag: float = 0.01        # share of all speed lost per m/s into a wall, at most 0.3
+    wall_turn: float = 0.17        # rad/s of yaw per m/s into a wall and metre of lever
 
 CAR = CarParams()
 
 # %% ../../nbs/world/10_car.ipynb #fbcfe18d
-INLINE = dict(cache=True, nogil=True, error_model="numpy", forceinline=True, _nrt=False)  # no reference counts: without it, they take 85 % of a tick
+INLINE = dict(cache=True, nogil=True, error_model="numpy", forceinline=True, _nrt=False)  # no reference counts: with them a tick takes seven times as long
 
 @njit(**INLINE)
 def load(a, k): return a[k], a[k + 1], a[k + 2]
 @njit(**INLINE)
-def row3(a, i): return a[i, 0], a[i, 1], a[i, 2]
+def axis(c, k): return c[ROT + k], c[ROT + 3 + k], c[ROT + 6 + k]
 @njit(**INLINE)
 def store(c, k, a): c[k], c[k + 1], c[k + 2] = a
+@njit(**INLINE)
+def row3(a, i): return a[i, 0], a[i, 1], a[i, 2]
+@njit(**INLINE)
+def between(a, i, t):
+    "The point at `t` between rows `i` and `i + 1` of an array (n, 3)."
+    return a[i, 0] + t * (a[i + 1, 0] - a[i, 0]), a[i, 1] + t * (a[i + 1, 1] - a[i, 1]), a[i, 2] + t * (a[i + 1, 2] - a[i, 2])
 @njit(**INLINE)
 def dot(a, b): return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 @njit(**INLINE)
@@ -99,23 +132,11 @@ def cross(a, b): return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[
 @njit(**INLINE)
 def plus(a, s, b): return a[0] + s * b[0], a[1] + s * b[1], a[2] + s * b[2]
 @njit(**INLINE)
-def minus(a, b): return a[0] - b[0], a[1] - b[1], a[2] - b[2]
-@njit(**INLINE)
-def mix(a, i, t):
-    "Between rows `i` and `i + 1` of an array (n, 3)."
-    return a[i, 0] + t * (a[i + 1, 0] - a[i, 0]), a[i, 1] + t * (a[i + 1, 1] - a[i, 1]), a[i, 2] + t * (a[i + 1, 2] - a[i, 2])
-@njit(**INLINE)
-def axis(c, k): return c[ROT + k], c[ROT + 3 + k], c[ROT + 6 + k]
-
+def times(s, a): return s * a[0], s * a[1], s * a[2]
 @njit(**INLINE)
 def clip(x, lo, hi): return lo if x < lo else hi if x > hi else x
 
-@njit(**INLINE)
-def inverse_length(a):
-    "1 / |a|; one Newton step where |a| is nearly 1."
-    x = dot(a, a) - 1.0
-    return 1.0 - 0.5 * x if abs(x) < 4e-5 else 1.0 / math.sqrt(1.0 + x)
-
+# %% ../../nbs/world/10_car.ipynb #825d1780
 @njit(**INLINE)
 def at_speed(table, kmh):
     "Linear look-up in a table with one value per km/h."
@@ -124,178 +145,316 @@ def at_speed(table, kmh):
     return table[i] + (x - i) * (table[i + 1] - table[i])
 
 @njit(**INLINE)
+def on_material(c, P, m):
+    "Grip factor, drive factor and extra rolling resistance of material `m`; a turbo pad or a free-wheeling field under a wheel changes the engine."
+    if m == TURBO or m == TURBO2: c[TURBO_MS], c[FREE] = P.turbo_ms, 0.0
+    elif m == FREE_WHEELING: c[FREE] = 1.0
+    return P.surface[m, 0], P.surface[m, 1], P.surface[m, 2]
+
+@njit(**INLINE)
 def under_wheels(c, P):
-    "Grip factor, drive factor, extra rolling resistance under the wheels, and the share of wheels that touch."
-    a = c[MATERIAL]
-    if c[CONTACT] + c[CONTACT + 1] + c[CONTACT + 2] + c[CONTACT + 3] == 4.0 and c[MATERIAL + 1] == a and c[MATERIAL + 2] == a and c[MATERIAL + 3] == a:
-        m = int(a) & 31
-        if m == 7 or m == 26: c[TURBO_MS] = P.turbo_ms
-        return P.surface[m, 0], P.surface[m, 1], P.surface[m, 2], 1.0
-    grip, drive, rolling, n = 0.0, 0.0, 0.0, 0.0
+    "Grip factor, drive factor and extra rolling resistance under the wheels, and the share of wheels that touch."
+    n, a = c[CONTACT] + c[CONTACT + 1] + c[CONTACT + 2] + c[CONTACT + 3], c[MATERIAL]
+    grip, drive, rolling = on_material(c, P, int(a) & 31)
+    if n == 4.0 and c[MATERIAL + 1] == a and c[MATERIAL + 2] == a and c[MATERIAL + 3] == a: return grip, drive, rolling, 1.0
+    grip, drive, rolling = 0.0, 0.0, 0.0
     for w in range(4):
         if c[CONTACT + w] > 0.0:
-            m = int(c[MATERIAL + w]) & 31
-            grip += P.surface[m, 0]; drive += P.surface[m, 1]; rolling += P.surface[m, 2]; n += 1.0
-            if m == 7 or m == 26: c[TURBO_MS] = P.turbo_ms
+            g, d, r = on_material(c, P, int(c[MATERIAL + w]) & 31)
+            grip += g; drive += d; rolling += r
     return grip / n, drive / n, rolling / n, n / 4.0
 
 @njit(**INLINE)
 def forward_change(c, P, vz, kmh, steered, gas, brake, drive, grip, slow):
-    "Change of forward speed in one tick: the engine or the reverse gear pushes; brake, rolling and sliding only slow down."
-    force = 0.0
-    if brake > 0.0 and vz > 0.3: slow += P.brake * brake * min(1.0, grip + 0.2)
-    elif brake > 0.0 and gas <= 0.0:
-        if vz > -P.reverse_top: force = -P.reverse * brake
-    elif brake <= 0.0 and gas > 0.0:
-        if vz < -0.3: slow += P.brake * gas
-        else: force = at_speed(P.drive, kmh) * gas * (P.turbo if c[TURBO_MS] > 0.0 else 1.0)
-    if gas <= 0.0 and force == 0.0: slow += P.coast
+    "Change of forward speed in one tick: the engine or the reverse gear pushes; brake, engine without gas, and the resistances `slow` (m/s²) take speed away."
+    force, free, reverse = 0.0, c[FREE] > 0.0, brake > 0.0 and gas <= 0.0 and vz <= 0.3
+    if gas > 0.0 and vz < -0.3: slow += P.brake * gas
+    elif gas > 0.0 and not free and c[SHIFT_MS] <= 0.0: force = at_speed(P.drive, kmh) * gas * (P.turbo if c[TURBO_MS] > 0.0 else 1.0)
+    if reverse and vz > -P.reverse_top and not free: force = -P.reverse * brake
+    if brake > 0.0 and not reverse: slow += P.brake * brake * min(1.0, grip + 0.2)  # beside the gas: both act
+    if gas <= 0.0 and force == 0.0 and not free: slow += P.coast + P.coast_rate * abs(vz)
     v = vz + force * drive * DT
     slow = (slow + P.rolling + P.steer_drag * abs(steered) * min(1.0, 0.1 * abs(vz))) * DT
     return (v - slow if v > slow else v + slow if v < -slow else 0.0) - vz
 
 # %% ../../nbs/world/10_car.ipynb #f8136d41
 @njit(**INLINE)
-def turn(P, yaw, steered, vx, vz, kmh, limit, share, front_slides):
-    "The yaw rate, one tick nearer to what the steering asks for (left positive)."
+def lock_rate(P, speed, kmh):
+    "Turn rate at full lock, rad/s: the published response, and at low speed the turning circle."
+    return min(P.steer_scale * at_speed(P.steering, kmh), speed / (P.min_radius + P.radius_rate * speed))
+
+@njit(**INLINE)
+def turn(P, yaw, steered, vz, kmh, limit, share):
+    "The yaw rate (left positive), one tick nearer to what the steering asks for."
     speed = abs(vz)
-    rate = min(P.steer_scale * at_speed(P.steering, kmh), speed / P.min_radius)
-    rate = min(rate, 1.1 * limit / max(speed, 1.0))  # on a slippery surface the front wheels slip first
+    rate = min(lock_rate(P, speed, kmh), 1.1 * limit / max(speed, 1.0))  # on a slippery surface the front wheels slip first
     target = -steered * (rate if vz >= 0.0 else -rate)
-    if front_slides and vz > 0.0: target += P.align * clip(vx / max(speed, 5.0), -1.0, 1.0)
     return yaw + (target - yaw) * min(1.0, DT / P.yaw_lag) * share
 
 @njit(**INLINE)
-def ground_forces(c, P, v, left, fwd, steered, gas, brake):
-    "(velocity, yaw rate) after tyres, engine and brake of a car with at least one wheel on the ground."
-    vx, vz, speed = dot(v, left), dot(v, fwd), math.sqrt(dot(v, v))
-    kmh = 3.6 * speed
+def ground_forces(c, P, v, speed, left, fwd, steered, gas, brake):
+    "(velocity, yaw rate, forward speed) after tyres, engine and brake of a car with at least one wheel on the ground."
+    vx, vz, kmh = dot(v, left), dot(v, fwd), 3.6 * speed
     grip, drive, rolling, share = under_wheels(c, P)
     limit = P.grip_scale * at_speed(P.side_grip, kmh) * grip * share
-    yaw = turn(P, c[YAW], steered, vx, vz, kmh, limit, share, c[SLIDING] + c[SLIDING + 1] > 0.0)
+    yaw = turn(P, c[YAW], steered, vz, kmh, limit, share)
     if brake > 0.0 and kmh > 100.0: limit *= P.brake_grip
-    side = limit * DT
-    sliding = abs(vx) > side
-    if sliding: side *= P.slide_grip
-    slow = rolling + P.air_drag * vz * vz + (P.slide_brake if sliding else 0.0)
+    pull = P.side_turn * c[YAW] * vz - P.side_rate * vx - P.side_steer * steered * clip(0.15 * vz, -1.0, 1.0)
+    sliding = abs(pull) > limit
+    if sliding:
+        limit *= P.slide_grip
+        brake *= P.brake_slide
+        push = P.slide_push * abs(vx) * (1.0 - P.slide_best * abs(vx) / max(abs(vz), 1.0))
+        rolling -= push * gas if push > 0.0 else max(push, -P.slide_brake)
     for w in range(4): c[SLIDING + w] = c[CONTACT + w] if sliding else 0.0
-    dz = forward_change(c, P, vz, kmh, steered, gas, brake, drive, grip, slow) * share
-    return plus(plus(v, -clip(vx, -side, side), left), dz, fwd), yaw, vz
+    dz = forward_change(c, P, vz, kmh, steered, gas, brake, drive, grip, rolling) * share
+    return plus(plus(v, clip(pull, -limit, limit) * DT, left), dz, fwd), yaw, vz
 
 @njit(**INLINE)
-def air_forces(c, P, brake):
-    "The turn rate of a flying car: the brake stops the car's rotation, which otherwise dies slowly."
-    keep = 1.0 - (6.0 if brake > 0.0 else 0.4) * DT
+def air_forces(c, P, up, steered, brake):
+    "Turn rate of a flying car, world rad/s: the brake stops the rotation, the steering yaws a little."
     for w in range(4): c[SLIDING + w] = 0.0
-    return keep * c[ANG], keep * c[ANG + 1], keep * c[ANG + 2]
+    keep = max(0.0, 1.0 - (P.air_brake if brake > 0.0 else P.air_spin) * DT)
+    return plus(times(keep, load(c, ANG)), -P.air_steer * steered * DT, up)
+
+@njit(**INLINE)
+def through_air(P, v):
+    "(velocity, speed) after gravity and air drag; never above the game's limit, and nothing that is not a number."
+    v = (v[0], v[1] - P.gravity * DT, v[2])
+    speed = math.sqrt(dot(v, v))
+    if speed <= MAX_MPS: return times(1.0 - P.air_drag * speed * DT, v), speed
+    if speed < 1e100: return times(MAX_MPS / speed, v), MAX_MPS
+    return (0.0, 0.0, 0.0), 0.0
 
 # %% ../../nbs/world/10_car.ipynb #cdbcb052
 @njit(**INLINE)
+def inverse_root(x):
+    "1 / √x; by its series where x is nearly 1."
+    d = x - 1.0
+    return 1.0 - d * (0.5 - 0.375 * d) if abs(d) < 4e-4 else 1.0 / math.sqrt(x)
+
+@njit(**INLINE)
 def set_axes(c, fwd, up):
-    "Store the rotation with up along `up` and forward near `fwd`; returns left, up, forward."
-    n = inverse_length(up)
-    up = (n * up[0], n * up[1], n * up[2])
-    fwd = plus(fwd, -dot(fwd, up), up)
-    n = inverse_length(fwd)
-    fwd = (n * fwd[0], n * fwd[1], n * fwd[2])
+    "Store the rotation with up along `up` and forward near `fwd`; returns left, up, forward. Both lengths come from the three products, side by side."
+    uu, fu, ff = dot(up, up), dot(fwd, up), dot(fwd, fwd)
+    a = inverse_root(uu)
+    lean = fu * a * a
+    fwd = times(inverse_root(ff - fu * lean), plus(fwd, -lean, up))
+    up = times(a, up)
     left = cross(up, fwd)
     c[ROT], c[ROT + 3], c[ROT + 6] = left
     c[ROT + 1], c[ROT + 4], c[ROT + 7] = up
     c[ROT + 2], c[ROT + 5], c[ROT + 8] = fwd
     return left, up, fwd
 
+@njit(**INLINE)
+def settle(P, up, n, yaw):
+    "(up, turn rate) of a car that stands on a surface with normal `n`: it turns parallel to it."
+    tilted = plus(times(1.0 - P.settle * DT, up), P.settle * DT, n)
+    return tilted, plus(times(1.0 / DT, cross(up, tilted)), yaw, up)
+
 # %% ../../nbs/world/10_car.ipynb #c0216b76
 @njit(**INLINE)
 def ahead(T, i, p):
-    "Metres of the point `p` ahead of the plane of section `i`."
+    "Metres from the plane of section `i` to the point `p`, along the road."
     return (p[0] - T.centre[i, 0]) * T.tangent[i, 0] + (p[1] - T.centre[i, 1]) * T.tangent[i, 1] + (p[2] - T.centre[i, 2]) * T.tangent[i, 2]
 
 @njit(**INLINE)
-def follow(T, lo, last, i, p):
-    "(segment, share of it) at `p`, walking from segment `i` at most 24 to each side."
-    a, b, steps = ahead(T, i, p), ahead(T, i + 1, p), 24
+def follow(T, lo, last, i, p, steps):
+    "(segment, share of it, whether `p` is between its planes), at most `steps` from segment `i`. The road's ends go on in a plane."
+    a, b = ahead(T, i, p), ahead(T, i + 1, p)
     while b >= 0.0 and i < last and steps > 0:
         i += 1; steps -= 1
         a, b = b, ahead(T, i + 1, p)
     while a < 0.0 and i > lo and steps > 0:
         i -= 1; steps -= 1
         a, b = ahead(T, i, p), a
-    return i, 0.0 if a <= 0.0 else 1.0 if b >= 0.0 else a / (a - b)
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def search(T, k, p, hint):
-    "The segment of track `k` at `p`, off the road near segment `hint`."
-    i, _, _, _ = locate(T.centre, T.tangent, T.left, T.up, T.s, T.half_width, T.verge, T.offset[k], T.offset[k + 1], p[0], p[1], p[2], hint)
-    return i
+    held = (a > -0.05 or i == lo) and (b < 0.05 or i == last)
+    return i, 0.0 if a <= 0.0 else 1.0 if b >= 0.0 else a / (a - b), held
 
 @njit(**INLINE)
-def hit_wall(T, i, p, v, lateral, edge, h, road_left):
-    "(position, velocity, lateral) kept inside the wall of segment `i`, if there is one on that side and the car is not above it."
-    side = 0 if lateral > 0.0 else 1
-    beyond = abs(lateral) - (edge - 1.0)
-    if T.wall[i, side] <= 0.0 or h > T.wall[i, side] or h < -1.5: return p, v, lateral
-    sign = 1.0 if side == 0 else -1.0
-    out = sign * dot(v, road_left)
-    p = plus(p, -sign * beyond, road_left)
-    if out > 0.0:
-        keep = 1.0 - min(0.3, 0.02 * out)
-        v = plus(v, -1.2 * sign * out, road_left)
-        v = (keep * v[0], keep * v[1], keep * v[2])
-    return p, v, lateral - sign * beyond
+def find(T, lo, last, i, p, steps):
+    "(segment, share of it, whether `p` is between its planes, the road's left, its normal, metres to the left, metres above) of `p`, from segment `i` on."
+    i, t, held = follow(T, lo, last, i, p, steps)
+    left, n, d = between(T.left, i, t), between(T.up, i, t), plus(p, -1.0, between(T.centre, i, t))
+    return i, t, held, left, n, dot(d, left), dot(d, n)
+
+@njit(**INLINE)
+def reach(fwd, left, direction):
+    "Metres from the car's centre to its outermost corner in a `direction` (unit)."
+    along = dot(fwd, direction)
+    return SIDE * abs(dot(left, direction)) + (NOSE * along if along > 0.0 else -TAIL * along)
+
+# %% ../../nbs/world/10_car.ipynb #c604a416
+RARE = dict(INLINE, forceinline=False)
+SLACK_M = 0.3  # how deep a car may have been in a surface before and still count as coming from outside
+
+@njit(**INLINE)
+def bounce(P, v, yaw, fwd, left, m):
+    "(velocity, yaw rate) after touching a face that looks along `m` (unit)."
+    into, nose = -dot(v, m), -dot(fwd, m)
+    if into <= 0.0: return v, yaw
+    yaw = clip(yaw + P.wall_turn * into * dot(left, m) * nose * (NOSE if nose > 0.0 else TAIL), -2.0, 2.0)
+    return times(1.0 - min(0.3, P.wall_drag * into), plus(v, (1.0 + P.wall_bounce) * into, m)), yaw
+
+@njit(**INLINE)
+def pay(P, v, rise):
+    "Velocity of a car that was pushed `rise` m upwards: the height costs what it is worth."
+    return v if rise <= 0.0 else times(math.sqrt(max(0.0, 1.0 - 2.0 * P.gravity * rise / max(1e-9, dot(v, v)))), v)
+
+@njit(**RARE)
+def hit_wall(T, P, i, p, v, yaw, lateral, h, fwd, left, road_left):
+    "(position, velocity, yaw rate) of a car kept on its side of the wall of segment `i`, where there is one and the car is not above it."
+    side, sign = (0, 1.0) if lateral > 0.0 else (1, -1.0)
+    if T.wall[i, side] <= max(h, 0.0) or h < -1.0: return p, v, yaw
+    inside = T.half_width[i] + T.verge[i] - abs(lateral)
+    if inside + sign * dot(v, road_left) * DT < 0.0: sign, inside = -sign, -inside  # it comes from behind the wall
+    m = times(-sign, road_left)
+    depth = reach(fwd, left, times(-1.0, m)) - inside
+    if depth <= 0.0: return p, v, yaw
+    v, yaw = bounce(P, v, yaw, fwd, left, m)
+    return plus(p, depth, m), pay(P, v, depth * m[1]), yaw
+
+# %% ../../nbs/world/10_car.ipynb #e97d19d8
+@njit(**INLINE)
+def has_island(T, i): return T.island[i, 0] > T.island[i, 1]
+
+@njit(**INLINE)
+def island_near(T, lo, last, i):
+    "Whether a car in segment `i` may reach an island: one takes at least two sections, so every second one is looked at."
+    return has_island(T, i) or has_island(T, max(lo, i - 2)) or has_island(T, min(last + 1, i + 2)) or has_island(T, min(last + 1, i + 4))
+
+@njit(**INLINE)
+def is_solid(T, lo, last, i): return lo <= i <= last and has_island(T, i) and has_island(T, i + 1) and T.gap[i] == 0
+
+@njit(**INLINE)
+def island_faces(T, i, s):
+    "(left face, its slope, right face, its slope) of segment `i`'s island at `s`, metres to the left and metres per metre."
+    length = max(1e-9, T.s[i + 1] - T.s[i])
+    way, slope_l, slope_r = clip(s - T.s[i], 0.0, length), (T.island[i + 1, 0] - T.island[i, 0]) / length, (T.island[i + 1, 1] - T.island[i, 1]) / length
+    return T.island[i, 0] + way * slope_l, slope_l, T.island[i, 1] + way * slope_r, slope_r
+
+@njit(**RARE)
+def face_hit(T, lo, last, j, s, box, way, road_left, tangent):
+    """(depth in m, normal) of the face of island segment `j` through which a car came at `s`; depth 0 is none. `box`: the car's right, left, back and front
+    end in metres to the left and along the road; `way`: to the left and along in the last tick."""
+    face_l, slope_l, face_r, slope_r = island_faces(T, j, s)
+    left, right, front, back = face_l - box[0], box[1] - face_r, box[3] - T.s[j], T.s[j + 1] - box[2]
+    if min(min(left, right), min(front, back)) <= 0.0: return 0.0, tangent
+    from_left, from_right = min(left, left + way[0]) < SLACK_M, min(right, right - way[0]) < SLACK_M
+    if not (from_left or from_right):
+        if front - way[1] < SLACK_M and not is_solid(T, lo, last, j - 1): return front, times(-1.0, tangent)
+        if back + way[1] < SLACK_M and not is_solid(T, lo, last, j + 1): return back, tangent
+    depth, slope, sign = (left, slope_l, 1.0) if from_left or not from_right and left < right else (right, slope_r, -1.0)
+    cosine = 1.0 / math.sqrt(1.0 + slope * slope)
+    return depth * cosine, times(sign * cosine, plus(road_left, -slope, tangent))
+
+@njit(**RARE)
+def hit_island(T, P, lo, last, i, p, v, yaw, s, lateral, h, fwd, left, road_left, n):
+    "(position, velocity, yaw rate, height of the ground) of a car at `s` that an island may stop, deflect or carry."
+    tangent = row3(T.tangent, i)
+    if h - dot(v, n) * DT > ISLAND_HEIGHT - SLACK_M:
+        face_l, _, face_r, _ = island_faces(T, i, s)
+        return p, v, yaw, ISLAND_HEIGHT if is_solid(T, lo, last, i) and face_r <= lateral <= face_l else 0.0
+    if h < -1.0 or h > ISLAND_HEIGHT: return p, v, yaw, 0.0
+    box = (lateral - reach(fwd, left, times(-1.0, road_left)), lateral + reach(fwd, left, road_left), s - reach(fwd, left, times(-1.0, tangent)), s + reach(fwd, left, tangent))
+    way = (dot(v, road_left) * DT, dot(v, tangent) * DT)
+    for j in range(max(lo, i - 8), min(last, i + 8) + 1):
+        if not is_solid(T, lo, last, j): continue
+        depth, m = face_hit(T, lo, last, j, s, box, way, road_left, tangent)
+        if depth > 0.0:
+            v, yaw = bounce(P, v, yaw, fwd, left, m)
+            return plus(p, depth, m), pay(P, v, depth * m[1]), yaw, 0.0
+    return p, v, yaw, 0.0
+
+# %% ../../nbs/world/10_car.ipynb #221f2541
+@njit(**INLINE)
+def land(P, p, v, n, h):
+    "(position, velocity) of a car `h` m above a surface that carries it: no deeper than it, no speed into it."
+    if h > 0.0: return p, v
+    vn = dot(v, n)
+    before = h - vn * DT
+    if vn < 0.0: v = plus(v, -vn, n)
+    return plus(p, -h, n), pay(P, v, -before * n[1]) if before < -0.02 else v
 
 @njit(**INLINE)
 def wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, roll, impact):
     "Contact, material and damper of each wheel. Damper in m, 0.02 at rest, more when compressed."
     lean, pitch, across = dot(left, n), dot(fwd, n), dot(fwd, road_left)
-    road, half = float(T.surface[i]), T.half_width[i]
+    road, half, same = float(T.surface[i]), T.half_width[i], abs(lateral) + 2.7 <= T.half_width[i]
+    for w in range(4): c[CONTACT + w] = 1.0 if on and h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch <= P.droop else 0.0
     for w in range(4):
-        x = lateral + WHEEL_X[w] + WHEEL_Z[w] * across
-        touches = on and h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch <= P.droop
-        c[CONTACT + w] = 1.0 if touches else 0.0
-        if touches: c[MATERIAL + w] = road if abs(x) <= half else 2.0
-        rest = 0.02 - roll * WHEEL_X[w] if touches else -0.02
-        speed = c[DAMPER_V + w] + (400.0 * (rest - c[DAMPER + w]) - 28.0 * c[DAMPER_V + w]) * DT + (0.15 * impact if touches else 0.0)
+        if c[CONTACT + w] > 0.0: c[MATERIAL + w] = road if same or abs(lateral + WHEEL_X[w] + WHEEL_Z[w] * across) <= half else float(GRASS)
+    for w in range(4):  # a spring and a damper, without branches: four wheels at once
+        rest = (0.04 - roll * WHEEL_X[w] - clip(h + WHEEL_X[w] * lean + WHEEL_Z[w] * pitch, -0.1, 0.04)) * c[CONTACT + w] - 0.02
+        speed = 0.72 * c[DAMPER_V + w] + 4.0 * (rest - c[DAMPER + w]) + 0.15 * max(0.0, impact) * c[CONTACT + w]
         c[DAMPER_V + w] = speed
         c[DAMPER + w] = clip(c[DAMPER + w] + speed * DT, -0.1, 0.25)
 
+@njit(**RARE)
+def elsewhere(c, T, k, lo, last, p, v, place):
+    "The place of a car beside its road, on the nearest of its whole track; not looked for again before the car has flown as far as that road was away (`CLEAR`, m)."
+    c[CLEAR] -= math.sqrt(dot(v, v)) * DT
+    if c[CLEAR] > 0.0: return place
+    place = find(T, lo, last, nearest_anywhere(T, k, p[0], p[1], p[2]), p, 0)
+    beside = max(0.0, abs(place[5]) - T.half_width[place[0]] - T.verge[place[0]])
+    c[CLEAR] = math.sqrt(beside * beside + place[6] * place[6]) - 1.0
+    return place
+
 @njit(**INLINE)
-def touch(c, T, P, p, v, fwd, up, yaw, turn_rate):
-    "Where the car is on its road, and what the road does to it."
+def collide(c, T, P, k, lo, last, p, v, yaw, fwd, left, place):
+    "(position, velocity, yaw rate, place, height of the ground) after walls and islands, and on the road that a car beside its road is nearest to. `place`: of `find`."
+    i, t, _, road_left, n, lateral, h = place
+    edge, floor = T.half_width[i] + T.verge[i], 0.0
+    if abs(lateral) > edge - 2.2:
+        p, v, yaw = hit_wall(T, P, i, p, v, yaw, lateral, h, fwd, left, road_left)
+        place = find(T, lo, last, i, p, 24)
+    if island_near(T, lo, last, i):
+        p, v, yaw, floor = hit_island(T, P, lo, last, i, p, v, yaw, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h, fwd, left, road_left, n)
+        place = find(T, lo, last, i, p, 24)
+    if abs(place[5]) <= edge and -1.5 <= place[6] <= 10.0: c[CLEAR] = 0.0
+    else: place = elsewhere(c, T, k, lo, last, p, v, place)
+    return p, v, yaw, place, floor
+
+@njit(**INLINE)
+def touch(c, T, P, p, v, left, up, fwd, yaw, turn_rate):
+    "Where the car is on its track, and what the track does to it."
     k = int(c[TRACK])
     lo, last = T.offset[k], T.offset[k + 1] - 2
-    i, t = follow(T, lo, last, min(max(int(c[SEGMENT]), lo), last), p)
-    road_left, n = mix(T.left, i, t), mix(T.up, i, t)
-    d = minus(p, mix(T.centre, i, t))
-    lateral, h, edge = dot(d, road_left), dot(d, n), T.half_width[i] + T.verge[i]
-    if abs(lateral) > edge - 1.0: p, v, lateral = hit_wall(T, i, p, v, lateral, edge, h, road_left)
-    on = abs(lateral) <= edge and T.gap[i] == 0 and h > -1.5 and h <= P.droop
-    impact = 0.0
+    place = find(T, lo, last, min(max(int(c[SEGMENT]), lo), last), p, 24)
+    p, v, yaw, place, floor = collide(c, T, P, k, lo, last, p, v, yaw, fwd, left, place)
+    i, t, held, road_left, n, lateral, h = place
+    above = h - floor
+    on = held and abs(lateral) <= T.half_width[i] + T.verge[i] and T.gap[i] == 0 and above <= P.droop and above - dot(v, n) * DT > -SLACK_M
+    standing = on and dot(up, n) > 0.2
+    wheels(c, T, P, i, lateral, above, standing, left, fwd, n, road_left, 0.0003 * yaw * dot(v, fwd), -dot(v, n) if above <= 0.0 else 0.0)
     if on:
-        if h < 0.0: p = plus(p, -h, n)
-        vn = dot(v, n)
-        if h <= 0.0 and vn < 0.0:
-            v = plus(v, -vn, n)
-            impact = -vn
-        before, q = up, 18.0 * DT
-        up = (up[0] + q * (n[0] - up[0]), up[1] + q * (n[1] - up[1]), up[2] + q * (n[2] - up[2]))
-        tilt = cross(before, up)
-        turn_rate = plus((tilt[0] / DT, tilt[1] / DT, tilt[2] / DT), yaw, before)
-    left, up, fwd = set_axes(c, fwd, up)
+        p, v = land(P, p, v, n, above)
+        up, turn_rate = settle(P, up, n, yaw)
+        if not standing: v = times(1.0 - 5.0 * DT, v)  # on its side or roof
+    up = set_axes(c, fwd, up)[1]
     if not on: yaw = dot(turn_rate, up)
-    wheels(c, T, P, i, lateral, h, on, left, fwd, n, road_left, 0.0003 * yaw * dot(v, fwd), impact)
-    if abs(lateral) > edge + 0.5 or h < -2.5: c[OFF] = 1.0
-    if p[1] < T.ground_y[k]:
-        p, c[OFF] = (p[0], T.ground_y[k], p[2]), 1.0
-        v = (0.9 * v[0], max(0.0, 0.9 * v[1]), 0.9 * v[2])
+    if p[1] < T.ground_y[k]: p, v, c[OFF] = (p[0], T.ground_y[k], p[2]), (v[0], 0.0, v[2]), 1.0
     store(c, POS, p)
     store(c, VEL, v)
     store(c, ANG, turn_rate)
     c[YAW], c[SEGMENT], c[S], c[LATERAL], c[HEIGHT] = yaw, i, T.s[i] + t * (T.s[i + 1] - T.s[i]), lateral, h
 
-# %% ../../nbs/world/10_car.ipynb #2b3c96f8
-GEAR_KMH = np.array([0.0, 100.0, 165.0, 240.0, 320.0, 480.0])  # upper end of reverse and of gears 1 … 5
 @njit(**INLINE)
-def engine(c, vz, gas):
+def lie(c):
+    "An ended drive: the car slides to a stop on the ground plane."
+    v = times(0.9, load(c, VEL))
+    store(c, POS, plus(load(c, POS), DT, v))
+    store(c, VEL, v)
+    store(c, ANG, (0.0, 0.0, 0.0))
+    for w in range(4): c[SLIDING + w], c[CONTACT + w] = 0.0, 0.0
+
+# %% ../../nbs/world/10_car.ipynb #2b3c96f8
+GEAR_KMH = np.array([0.0, 102.0, 162.0, 235.0, 342.0, 480.0])    # upper end of reverse and of gears 1 … 5, from A01
+RPM_KMH = np.array([101.8, 101.8, 60.7, 44.3, 30.5, 23.6])       # engine turns per minute and km/h, from A01
+GEAR_MS = np.array([200.0, 200.0, 280.0, 190.0, 220.0, 170.0])   # how long a change into reverse and gears 1 … 5 takes, from A01
+@njit(**INLINE)
+def engine(c, vz):
     "Gear (0 is reverse), shifting and rpm."
     kmh = 3.6 * vz
     gear = int(c[GEAR])
@@ -304,55 +463,59 @@ def engine(c, vz, gas):
     elif gear == 0 and kmh > -1.0: want = 1
     elif gear > 0 and gear < 5 and kmh > GEAR_KMH[gear]: want = gear + 1
     elif gear > 1 and kmh < 0.85 * GEAR_KMH[gear - 1]: want = gear - 1
-    if want != gear: c[GEAR], c[SHIFT_MS] = want, 200.0
+    if want != gear: c[GEAR], c[SHIFT_MS] = want, GEAR_MS[want]
     c[GEARBOX] = 1.0 if c[SHIFT_MS] > 0.0 else 0.0
     c[SHIFT_MS], c[TURBO_MS] = max(0.0, c[SHIFT_MS] - 10.0), max(0.0, c[TURBO_MS] - 10.0)
-    top = GEAR_KMH[want] if want > 0 else 70.0
-    low = 0.5 * GEAR_KMH[want - 1] if want > 1 else 0.0
-    target = 2000.0 + 8500.0 * min(1.1, max(0.0, (abs(kmh) - low) / (top - low))) + (1000.0 if gas > 0.0 else 0.0)
-    c[RPM] += 0.15 * (min(target, 11000.0) - c[RPM])
+    c[RPM] += 0.15 * (min(RPM_KMH[want] * abs(kmh), 11000.0) - c[RPM])
 
 # %% ../../nbs/world/10_car.ipynb #d45c3e7d
 @njit(**INLINE)
+def pressed(x, lo): return clip(x, lo, 1.0) if x == x else 0.0  # what is not a number is not pressed
+
+@njit(**INLINE)
 def tick(c, T, P, steer, gas, brake):
     "Advance the row `c` by 10 ms on the packed tracks `T` with parameters `P`; steer −1…1 (right positive), gas and brake 0…1."
-    c[STEER], c[GAS], c[BRAKE] = steer, gas, brake
-    steered = c[STEERED] + clip(steer - c[STEERED], -P.steer_slew * DT, P.steer_slew * DT)
+    c[STEER], c[GAS], c[BRAKE] = pressed(steer, -1.0), pressed(gas, 0.0), pressed(brake, 0.0)
+    steered = c[STEERED] + clip(c[STEER] - c[STEERED], -P.steer_slew * DT, P.steer_slew * DT)
     c[STEERED] = steered
-    left, up, fwd = axis(c, 0), axis(c, 1), axis(c, 2)
-    v = (c[VEL], c[VEL + 1] - P.gravity * DT, c[VEL + 2])
-    if c[CONTACT] + c[CONTACT + 1] + c[CONTACT + 2] + c[CONTACT + 3] > 0.0:
-        v, yaw, vz = ground_forces(c, P, v, left, fwd, steered, gas, brake)
-        w = load(c, ANG)
-        fwd = plus(plus(fwd, yaw * DT, left), -0.5 * yaw * yaw * DT * DT, fwd)
-    else:
-        w, yaw, vz = air_forces(c, P, brake), 0.0, dot(v, fwd)
-        fwd, up = plus(fwd, DT, cross(w, fwd)), plus(up, DT, cross(w, up))
-    touch(c, T, P, plus(load(c, POS), DT, v), v, fwd, up, yaw, w)
-    engine(c, vz, gas)
     c[TIME] += 10.0
+    if c[OFF] > 0.0: return lie(c)
+    left, up, fwd = axis(c, 0), axis(c, 1), axis(c, 2)
+    v, speed = through_air(P, load(c, VEL))
+    p = plus(load(c, POS), DT, v)  # place and heading move at the rates from before the tyres act, as in the recordings
+    p = (p[0], p[1] + 0.5 * P.gravity * DT * DT, p[2])
+    if c[CONTACT] + c[CONTACT + 1] + c[CONTACT + 2] + c[CONTACT + 3] > 0.0:
+        before = c[YAW]
+        v, yaw, vz = ground_forces(c, P, v, speed, left, fwd, steered, c[GAS], c[BRAKE])
+        w, angle = load(c, ANG), before * DT
+        fwd = plus(times(1.0 - 0.5 * angle * angle, fwd), angle, left)
+    else:
+        v = times(1.0 - P.air_rate * DT, v)
+        w, yaw, vz = air_forces(c, P, up, steered, c[BRAKE]), 0.0, dot(v, fwd)
+        fwd, up = plus(fwd, DT, cross(w, fwd)), plus(up, DT, cross(w, up))
+    touch(c, T, P, p, v, left, up, fwd, yaw, w)
+    engine(c, vz)
 
-@njit(cache=True, nogil=True)
+@njit(**RARE)
 def place_car(c, T, track, s, lateral, heading, speed):
     "Put the row `c` on `track` at metres `s` of its road, `lateral` m to the left, turned `heading` rad to the left, at `speed` m/s forward."
     for k in range(len(c)): c[k] = 0.0
-    lo, last = T.offset[track], T.offset[track + 1] - 2
-    i = lo
+    i, last = T.offset[track], T.offset[track + 1] - 2
     while i < last and T.s[i + 1] < s: i += 1
-    t = (s - T.s[i]) / max(1e-9, T.s[i + 1] - T.s[i])
+    length = T.s[i + 1] - T.s[i]
+    t = clip((s - T.s[i]) / length, 0.0, 1.0) if length > 0.0 else 0.0
     cs, sn = math.cos(heading), math.sin(heading)
-    road_left, tangent = mix(T.left, i, t), mix(T.tangent, i, t)
-    store(c, POS, plus(mix(T.centre, i, t), lateral, road_left))
-    _, _, fwd = set_axes(c, plus((cs * tangent[0], cs * tangent[1], cs * tangent[2]), sn, road_left), mix(T.up, i, t))
-    store(c, VEL, (speed * fwd[0], speed * fwd[1], speed * fwd[2]))
-    c[TRACK], c[SEGMENT], c[S], c[LATERAL], c[RPM], c[GEAR] = track, i, s, lateral, 2000.0, 1.0
+    road_left, tangent = between(T.left, i, t), between(T.tangent, i, t)
+    store(c, POS, plus(plus(between(T.centre, i, t), lateral, road_left), s - T.s[i] - t * length, tangent))
+    _, _, fwd = set_axes(c, plus(times(cs, tangent), sn, road_left), between(T.up, i, t))
+    store(c, VEL, times(speed, fwd))
+    c[TRACK], c[SEGMENT], c[S], c[LATERAL], c[RPM], c[GEAR] = track, i, T.s[i] + t * length, lateral, 2000.0, 1.0
     while c[GEAR] < 5.0 and 3.6 * speed > GEAR_KMH[int(c[GEAR])]: c[GEAR] += 1.0
     for w in range(4):
-        x = lateral + WHEEL_X[w] * cs + WHEEL_Z[w] * sn
         c[CONTACT + w], c[DAMPER + w] = 1.0, 0.02
-        c[MATERIAL + w] = float(T.surface[i]) if abs(x) <= T.half_width[i] else 2.0
+        c[MATERIAL + w] = float(T.surface[i]) if abs(lateral + WHEEL_X[w] * cs + WHEEL_Z[w] * sn) <= T.half_width[i] else float(GRASS)
 
-@njit(cache=True, nogil=True)
+@njit(**RARE)
 def drive_ticks(c, T, P, controls, out):
     "Drive one row with `controls` (n, 3) steer, gas, brake, one per tick; its row after each tick goes to `out` (n, columns)."
     for i in range(len(controls)):

@@ -6,23 +6,27 @@
 __all__ = ['WORLD_VERSION', 'ZONE', 'BEST_ZONE', 'BEST_S', 'BEST_MS', 'EPISODE', 'FINISH_MS', 'PREVIOUS', 'N_ROW', 'ENDS',
            'RUNNING', 'FINISHED', 'OFF_ROAD', 'NO_PROGRESS', 'TIME_LIMIT', 'ABOVE_ROAD_M', 'NO_RANDOM', 'RANDOM_START',
            'ANYWHERE', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS', 'REWARD_PER_M', 'IDLE_MS', 'IDLE_M', 'KEY_CONTROLS',
-           'uniform', 'mixed', 'LineArrays', 'line_arrays', 'on_ribbon', 'road_along_line', 'zone_at', 'section_before',
-           'place_on_line', 'begin', 'pass_gates', 'next_zone', 'line_distance', 'keep_finite', 'decide', 'end_of',
+           'ACTION_OF_KEYS', 'THREADS_PER_BLOCK', 'uniform', 'mixed', 'LineArrays', 'line_arrays', 'on_ribbon',
+           'road_along_line', 'zone_at', 'section_before', 'place_on_line', 'begin', 'pass_gates', 'next_zone',
+           'zone_back_on_road', 'line_distance', 'is_finite', 'put_back', 'decide', 'distractor_key', 'end_of',
            'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars',
-           'observe_cars', 'key_controls', 'analog_controls', 'RaceVectorEnv', 'wanted_tracks', 'final_of',
-           'thread_count', 'random_mode']
+           'observe_cars', 'key_controls', 'analog_action', 'analog_actions', 'analog_controls', 'RaceVectorEnv',
+           'wanted_tracks', 'final_of', 'thread_count', 'random_mode', 'cuda_kernels', 'two_of_min_max', 'CudaCars',
+           'RaceEnv']
 
 # %% ../../nbs/world/30_env.ipynb #1677e6f4
-import numbers, os
+import math, numbers, os
+from functools import lru_cache
 from typing import NamedTuple
-import numba
+import gymnasium, numba
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numba import njit, prange
-from ..replays.actions import ACTIONS, keys_from_analog, nearest_action
-from ..replays.floats import LINE_AFTER, LINE_BEFORE, MAX_ZONE_M2, N_FLOATS, advance_zone, float_row, metres_in_zone, road_column, road_points, squared_distance, zone_metres
+from numba.extending import overload
+from ..replays.actions import ACTIONS, DEAD_ZONE, nearest_action
+from ..replays.floats import INLINE, LINE_AFTER, LINE_BEFORE, MAX_ZONE_M2, N_FLOATS, advance_zone, float_row, metres_in_zone, road_column, road_points, squared_distance, zone_metres
 from ..tracks.geometry import GATE_HEIGHT, POST
 from ..tracks.track import Track, locate_on, pack
 from .camera import render
@@ -50,13 +54,13 @@ def mixed(x, part):
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-# %% ../../nbs/world/30_env.ipynb #1b759a90
+# %% ../../nbs/world/30_env.ipynb #6624ec0f
 ABOVE_ROAD_M = 4.0  # a point of the line this high above the ribbon is in the air
 
 class LineArrays(NamedTuple):
     "What the kernels need of the reference lines beside `TrackArrays`: entries of T tracks, or of all N points of their extended lines."
     metres: np.ndarray       # (N,) `zone_metres` of each line
-    road_s: np.ndarray       # (N,) metres along the road, never falling
+    road_s: np.ndarray       # (N,) metres along the road, never falling; infinite past the line's own points
     ahead: np.ndarray        # (3, A) float32, `road_points` of each line
     ahead_offset: np.ndarray # (T,) first column of a line in `ahead`
     per_phase: np.ndarray    # (T,) columns of each of its 20 phases
@@ -80,9 +84,10 @@ def on_ribbon(T, i, lateral, height):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def road_along_line(T, k, out):
-    "Fill `out` for the points of line `k`: followed along the ribbon; after the line has left it, searched everywhere ahead."
-    hint, last = -1, -np.inf
-    for p in range(T.line_offset[k], T.line_offset[k + 1]):
+    "Fill `out` for the points of line `k`: followed along the ribbon; after the line has left it, searched everywhere ahead. Past the line's own last point it is infinite."
+    hint, last, end = -1, -np.inf, T.line_offset[k + 1] - LINE_AFTER
+    out[end:T.line_offset[k + 1]] = np.inf
+    for p in range(T.line_offset[k], end):
         x, y, z = T.line[p, 0], T.line[p, 1], T.line[p, 2]
         i, s, lateral, height = locate_on(T, k, x, y, z, hint)
         if not on_ribbon(T, i, lateral, height):
@@ -137,10 +142,10 @@ def begin(c, T, L, track, seed, car, episode, random_start):
     c[EPISODE] = episode
     place_on_line(c, T, L)
 
-# %% ../../nbs/world/30_env.ipynb #3581fa48
+# %% ../../nbs/world/30_env.ipynb #9f76fa75
 PASS_M, BELOW_M = 10.0, -1.5  # m a car can pass in a tick; how far below the road a gate reaches
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def pass_gates(c, T, before):
     "Count the gates between metres `before` and where the car is now, at the end of a tick; note the time of the last one."
     k, s = int(c[TRACK]), c[S]
@@ -154,36 +159,44 @@ def pass_gates(c, T, before):
 # %% ../../nbs/world/30_env.ipynb #e4229815
 REWARD_PER_MS, REWARD_PER_M, IDLE_MS, IDLE_M = -0.0012, 0.01, 2000.0, 0.5
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def next_zone(c, T, L):
     "The car's zone on the reference line after it moved."
     k, x, y, z = int(c[TRACK]), c[POS], c[POS + 1], c[POS + 2]
-    lo, hi = T.line_offset[k], T.line_offset[k + 1]
-    zone = advance_zone(T.line, lo, hi, int(c[ZONE]), x, y, z)
-    if squared_distance(T.line, zone, x, y, z) <= MAX_ZONE_M2: return zone
+    zone = advance_zone(T.line, T.line_offset[k], T.line_offset[k + 1], int(c[ZONE]), x, y, z)
+    return zone if squared_distance(T.line, zone, x, y, z) <= MAX_ZONE_M2 else zone_back_on_road(c, T, L, zone)
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def zone_back_on_road(c, T, L, zone):
+    "The zone at the car's place on the road, before its next gate; or `zone`, when that is too far from the car as well."
+    k, x, y, z = int(c[TRACK]), c[POS], c[POS + 1], c[POS + 2]
     gate = min(T.gate_offset[k] + int(c[CHECKPOINT]), T.gate_offset[k + 1] - 1)
-    found = advance_zone(T.line, lo, hi, zone_at(T, L, k, min(c[S], T.gate_s[gate])), x, y, z)
+    found = advance_zone(T.line, T.line_offset[k], T.line_offset[k + 1], zone_at(T, L, k, min(c[S], T.gate_s[gate])), x, y, z)
     return found if squared_distance(T.line, found, x, y, z) <= MAX_ZONE_M2 else zone
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def line_distance(c, T):
     "Metres from the car to the point of its zone, 2 … 25."
-    return min(25.0, max(2.0, np.sqrt(squared_distance(T.line, int(c[ZONE]), c[POS], c[POS + 1], c[POS + 2]))))
+    return min(25.0, max(2.0, math.sqrt(squared_distance(T.line, int(c[ZONE]), c[POS], c[POS + 1], c[POS + 2]))))
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def keep_finite(c, T, L):
-    "A car whose numbers are no longer finite is put back on its road and counts as off it: nothing not finite gets into an observation."
+@njit(**INLINE)
+def is_finite(c):
+    "Whether the car's place and motion are finite numbers."
     a, b = c[TIME], 0.0
     for k in range(3):
         a += c[POS + k] + c[VEL + k] + c[ANG + k]
         b += c[ROT + k] + c[ROT + 3 + k] + c[ROT + 6 + k]
-    if a + b - (a + b) == 0.0: return  # neither infinite nor not a number
+    return a + b - (a + b) == 0.0
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def put_back(c, T, L):
+    "Put a car whose numbers are no longer finite back on its road, as off it: its episode ends, and nothing of it gets into an observation."
     k, time, episode, s = int(c[TRACK]), c[TIME], c[EPISODE], c[BEST_S]
     place_car(c, T, k, s, 0.0, 0.0, 0.0)
     c[TIME], c[EPISODE], c[OFF] = time, episode, 1.0
     place_on_line(c, T, L)
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def decide(c, T, L, P, steer, gas, brake, shaping):
     "Drive one decision (50 ms) and return its reward."
     begun, progress, potential = c[TIME], c[PROGRESS], 0.0
@@ -192,7 +205,7 @@ def decide(c, T, L, P, steer, gas, brake, shaping):
         before = c[S]
         tick(c, T, P, steer, gas, brake)
         pass_gates(c, T, before)
-    keep_finite(c, T, L)
+    if not is_finite(c): put_back(c, T, L)
     c[ZONE] = next_zone(c, T, L)
     c[PROGRESS] = metres_in_zone(T.line, L.metres, int(c[ZONE]), c[POS], c[POS + 1], c[POS + 2])
     if c[ZONE] > c[BEST_ZONE]: c[BEST_ZONE], c[BEST_MS] = c[ZONE], c[TIME]
@@ -202,7 +215,9 @@ def decide(c, T, L, P, steer, gas, brake, shaping):
     until = c[FINISH_MS] if c[FINISH_MS] > 0.0 else c[TIME]
     return REWARD_PER_MS * (until - begun) + REWARD_PER_M * (c[PROGRESS] - progress) + potential
 
-@njit(cache=True, nogil=True, error_model="numpy")
+def distractor_key(car, episode): return (episode << 32) + car  # what `render` draws its distractors from, beside the seed and the race time
+
+@njit(**INLINE)
 def end_of(c, max_ms):
     "How the episode of this row stands: an index into `ENDS`."
     if c[FINISH_MS] > 0.0: return FINISHED
@@ -211,14 +226,14 @@ def end_of(c, max_ms):
     if c[TIME] - c[BEST_MS] >= IDLE_MS: return NO_PROGRESS
     return RUNNING
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def remember(c, action):
     "Append an action index to the last five."
     for k in range(4): c[PREVIOUS + k] = c[PREVIOUS + k + 1]
     c[PREVIOUS + 4] = action
 
 # %% ../../nbs/world/30_env.ipynb #00b4ff8e
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def observe_car(c, T, L, floats, extras):
     "The 184 `floats` of a row, and the share driven, when `extras` has room for it."
     k = int(c[TRACK])
@@ -226,13 +241,13 @@ def observe_car(c, T, L, floats, extras):
     float_row(c, c, PREVIOUS, L.ahead, column, L.finish_m[k] - c[PROGRESS], floats)
     if len(extras) > 0: extras[0] = c[PROGRESS] / L.length_m[k]
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def describe_car(i, c, end, measured, counted):
     "Column `i` of `measured` (2, n): time in ms, metres; and of `counted` (4, n): track, gates passed, episode, end."
     measured[0, i], measured[1, i] = c[FINISH_MS] if end == FINISHED else c[TIME], c[PROGRESS]
     counted[0, i], counted[1, i], counted[2, i], counted[3, i] = int(c[TRACK]), int(c[CHECKPOINT]), int(c[EPISODE]), end
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**INLINE)
 def step_car(i, rows, T, L, P, controls, picked, actions, max_ms, shaping, reward, measured, counted, floats, extras):
     "One decision of car `i` with row `picked[i]` of `controls` (steer, gas, brake), which is action number `actions[i]`."
     c, j = rows[i], picked[i]
@@ -242,12 +257,11 @@ def step_car(i, rows, T, L, P, controls, picked, actions, max_ms, shaping, rewar
     observe_car(c, T, L, floats[i], extras[i])
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def restart_car(i, rows, T, L, wanted, seed, random_start, floats, extras):
+def restart_car(i, rows, T, L, wanted, seed, random_start):
     "The next episode of car `i`, on track `wanted[i]`, or in turn where that is negative."
     episode = int(rows[i, EPISODE]) + 1
     track = wanted[i] if wanted[i] >= 0 else (i + episode) % len(T.start_s)
     begin(rows[i], T, L, track, seed, i, episode, random_start)
-    observe_car(rows[i], T, L, floats[i], extras[i])
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def step_cars(rows, T, L, P, controls, picked, actions, max_ms, shaping, reward, measured, counted, floats, extras):
@@ -255,14 +269,14 @@ def step_cars(rows, T, L, P, controls, picked, actions, max_ms, shaping, reward,
     for i in prange(len(rows)): step_car(i, rows, T, L, P, controls, picked, actions, max_ms, shaping, reward, measured, counted, floats, extras)
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def restart_cars(cars, rows, T, L, wanted, seed, random_start, floats, extras):
+def restart_cars(cars, rows, T, L, wanted, seed, random_start):
     "`restart_car` for the car numbers `cars`."
-    for j in prange(len(cars)): restart_car(cars[j], rows, T, L, wanted, seed, random_start, floats, extras)
+    for j in prange(len(cars)): restart_car(cars[j], rows, T, L, wanted, seed, random_start)
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def observe_cars(rows, T, L, floats, extras):
-    "`observe_car` for all cars."
-    for i in prange(len(rows)): observe_car(rows[i], T, L, floats[i], extras[i])
+def observe_cars(cars, rows, T, L, floats, extras):
+    "`observe_car` for the car numbers `cars`."
+    for j in prange(len(cars)): observe_car(rows[cars[j]], T, L, floats[cars[j]], extras[cars[j]])
 
 # %% ../../nbs/world/30_env.ipynb #ae31e7ca
 KEY_CONTROLS = np.column_stack([ACTIONS[:, 3].astype(float) - ACTIONS[:, 2], ACTIONS[:, 0], ACTIONS[:, 1]])  # (12, 3) steer, gas, brake
@@ -275,13 +289,29 @@ def key_controls(actions, n):
     a = np.ascontiguousarray(a, np.int64)
     return KEY_CONTROLS, a, a
 
+ACTION_OF_KEYS = nearest_action(np.arange(16)[:, None] >> np.array([3, 2, 1, 0]) & 1)  # (16,) for accelerate·8 + brake·4 + left·2 + right
+
+@njit(**INLINE)
+def analog_action(steer, gas, brake):
+    "The nearest key action of steer −1 … 1, gas and brake 0 … 1, as `keys_from_analog`; −1 when one of them is not in its range or not a number."
+    if not (-1.0 <= steer <= 1.0 and 0.0 <= gas <= 1.0 and 0.0 <= brake <= 1.0): return -1
+    return ACTION_OF_KEYS[(8 if gas > 0.5 else 0) + (4 if brake > 0.5 else 0) + (2 if steer < -DEAD_ZONE else 0) + (1 if steer > DEAD_ZONE else 0)]
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def analog_actions(controls, actions):
+    "Fill `actions` (n,) with the nearest key actions of `controls` (n, 3); whether all were in range."
+    good = True
+    for i in range(len(controls)):
+        actions[i] = analog_action(controls[i, 0], controls[i, 1], controls[i, 2])
+        good &= actions[i] >= 0
+    return good
+
 def analog_controls(actions, n):
     "(controls (n, 3), 0 … n − 1, nearest key actions (n,)) for steer −1 … 1, gas and brake 0 … 1; ValueError when they are not."
-    a = np.ascontiguousarray(actions, np.float64)
+    a, nearest = np.ascontiguousarray(actions, np.float64), np.empty(n, np.int64)
     if a.shape != (n, 3): raise ValueError(f"actions: expected ({n}, 3) steer, gas, brake, got shape {a.shape}")
-    if not (np.isfinite(a).all() and (np.abs(a[:, 0]) <= 1).all() and ((a[:, 1:] >= 0) & (a[:, 1:] <= 1)).all()):
-        raise ValueError("actions: steer must be in −1 … 1, gas and brake in 0 … 1, all finite")
-    return a, np.arange(n), nearest_action(keys_from_analog(a[:, 0], a[:, 1], a[:, 2])).astype(np.int64)
+    if not analog_actions(a, nearest): raise ValueError(f"actions: {a[np.argmin(nearest)].tolist()}; steer must be in −1 … 1, gas and brake in 0 … 1, all finite")
+    return a, np.arange(n), nearest
 
 # %% ../../nbs/world/30_env.ipynb #3203162a
 class RaceVectorEnv(VectorEnv):
@@ -296,7 +326,7 @@ class RaceVectorEnv(VectorEnv):
                  random_start=False, max_race_s=300.0, view="chase", car=CAR, distractors=0, shaping=0.0):
         self.tracks = [tracks] if isinstance(tracks, Track) else list(tracks)
         if not self.tracks or not all(isinstance(t, Track) for t in self.tracks): raise ValueError("tracks: expected a Track or a list with at least one; see generate_track")
-        if device != "cpu": raise ValueError(f"device {device!r}: this version simulates on the processor; use device='cpu'")
+        if device not in ("cpu", "cuda"): raise ValueError(f"device {device!r}: 'cpu' or 'cuda'")
         if action_mode not in ("keys", "analog"): raise ValueError(f"action_mode {action_mode!r}: 'keys' or 'analog'")
         if not isinstance(num_envs, numbers.Integral) or num_envs < 1: raise ValueError(f"num_envs {num_envs!r}: a whole number from 1 on")
         if set(extras) - {"progress"}: raise ValueError(f"extras {tuple(extras)}: only 'progress' is known")
@@ -306,9 +336,11 @@ class RaceVectorEnv(VectorEnv):
         self.threads, self.max_race_s, self.random_start = thread_count(threads), float(max_race_s), random_mode(random_start)
         self.distractors, self.shaping = int(distractors), float(shaping)
         self.packed, self._seed, self._wanted = pack(self.tracks), None, np.full(self.num_envs, -1, np.int64)
-        self.lines = line_arrays(self.tracks, self.packed)
+        self.lines, self._hashes = line_arrays(self.tracks, self.packed), [t.hash for t in self.tracks]
         self.rows = np.zeros((self.num_envs, N_ROW))
         self._make_spaces()
+        self.device, self._card = device, CudaCars(self) if device == "cuda" else None
+        if self._card: self.rows = self._card.rows
 
     def _make_spaces(self):
         "Observation and action spaces, single and batched."
@@ -328,7 +360,9 @@ class RaceVectorEnv(VectorEnv):
         if "random_start" in options: self.random_start = random_mode(options.pop("random_start"))
         if options: raise ValueError(f"reset: unknown options {sorted(options)}; there are track and random_start")
         fresh = seed is not None or self._seed is None
-        if fresh: self._seed, self.rows[:, EPISODE] = int(seed) % 2**62 if seed is not None else int(self.np_random.integers(2**62)), -1
+        if fresh: self._seed = int(seed) % 2**62 if seed is not None else int(self.np_random.integers(2**62))
+        if self._card: return self._card.reset(self, fresh)
+        if fresh: self.rows[:, EPISODE] = -1
         obs = self._new_obs()
         self._restart(np.arange(self.num_envs), obs)
         return obs, self._info(self.rows[:, [TIME, PROGRESS]].T.copy(), self.rows[:, [TRACK, CHECKPOINT, EPISODE, FINISH_MS]].T.astype(np.int64))
@@ -336,6 +370,7 @@ class RaceVectorEnv(VectorEnv):
     def step(self, actions):
         "One decision of 50 ms for every car: observation, reward, terminated (finished), truncated (any other end), info."
         if self._seed is None: raise ValueError("call reset before step")
+        if self._card: return self._card.step(self, actions)
         n = self.num_envs
         chosen = (key_controls if self.action_mode == "keys" else analog_controls)(actions, n)
         obs, reward, measured, counted = self._new_obs(), np.empty(n), np.empty((2, n)), np.empty((4, n), np.int64)
@@ -358,7 +393,8 @@ class RaceVectorEnv(VectorEnv):
     def _restart(self, cars, obs):
         "Start the next episode of the `cars` (k,) and put what they see into `obs`."
         numba.set_num_threads(self.threads)
-        restart_cars(cars, self.rows, self.packed, self.lines, self._wanted, self._seed, self.random_start, obs["floats"], self._extras(obs))
+        restart_cars(cars, self.rows, self.packed, self.lines, self._wanted, self._seed, self.random_start)
+        observe_cars(cars, self.rows, self.packed, self.lines, obs["floats"], self._extras(obs))
         if "image" in obs: obs["image"][cars, 0] = self.frames(cars)
 
     def _info(self, measured, counted):
@@ -367,31 +403,37 @@ class RaceVectorEnv(VectorEnv):
 
     def observe(self):
         "The observation of all cars as it stands."
+        if self._card: return self._card.observe()
         numba.set_num_threads(self.threads)
         obs = self._new_obs()
-        observe_cars(self.rows, self.packed, self.lines, obs["floats"], self._extras(obs))
+        observe_cars(np.arange(self.num_envs), self.rows, self.packed, self.lines, obs["floats"], self._extras(obs))
         if "image" in obs: self.frames(out=obs["image"][:, 0])
         return obs
 
     def frames(self, cars=None, image_size=None, out=None):
         "Camera images (n, H, W) uint8 of all cars, or of the `cars` (k,); of the env's `image_size` unless given, into `out` if given."
-        rows = self.rows if cars is None else self.rows[cars]
-        more = dict(distractors=self.distractors, time_ms=rows[:, TIME].copy(), seed=self._seed) if self.distractors else {}
-        return render(self.packed, rows[:, TRACK].astype(np.int64), rows[:, POS:POS + 3], rows[:, ROT:ROT + 9], image_size=image_size or self.image_size, view=self.view, out=out, **more)
+        cars = np.arange(self.num_envs) if cars is None else np.asarray(cars)
+        rows = self._host_rows()[cars]
+        return render(self.packed, rows[:, TRACK].astype(np.int64), rows[:, POS:POS + 3], rows[:, ROT:ROT + 9], image_size=image_size or self.image_size, view=self.view, out=out,
+                      distractors=self.distractors, time_ms=rows[:, TIME], seed=self._seed, key=distractor_key(cars, rows[:, EPISODE].astype(np.int64)))
 
     def states(self):
         "`CarState` of all cars; every field is known."
-        return car_states(self.rows)
+        return car_states(self._host_rows())
+
+    def _host_rows(self): return self.rows.copy_to_host() if self._card else self.rows
 
     def snapshot(self):
         "Everything that the future of the cars depends on, apart from the tracks."
-        return dict(rows=self.rows.copy(), seed=self._seed, wanted=self._wanted.copy(), random_start=self.random_start, hashes=[t.hash for t in self.tracks])
+        return dict(rows=self._host_rows().copy(), seed=self._seed, wanted=self._wanted.copy(), random_start=self.random_start, hashes=self._hashes)
 
     def restore(self, snapshot):
         "Back to a `snapshot` of an env with the same tracks and number of cars; returns the observation."
         if snapshot["rows"].shape != self.rows.shape: raise ValueError(f"snapshot of {len(snapshot['rows'])} cars, this env has {self.num_envs}")
-        if snapshot["hashes"] != [t.hash for t in self.tracks]: raise ValueError("snapshot of other tracks")
-        self.rows[:], self._wanted[:] = snapshot["rows"], snapshot["wanted"]
+        if snapshot["hashes"] != self._hashes: raise ValueError("snapshot of other tracks")
+        self._wanted[:] = snapshot["wanted"]
+        if self._card: self.rows.copy_to_device(snapshot["rows"])
+        else: self.rows[:] = snapshot["rows"]
         self._seed, self.random_start = snapshot["seed"], snapshot["random_start"]
         return self.observe()
 
@@ -428,3 +470,156 @@ def random_mode(random_start):
     modes = {False: NO_RANDOM, True: RANDOM_START, "anywhere": ANYWHERE}
     if random_start not in modes: raise ValueError(f"random_start {random_start!r}: False, True or 'anywhere'")
     return modes[random_start]
+
+# %% ../../nbs/world/30_env.ipynb #9ff9f88b
+@lru_cache(None)
+def cuda_kernels():
+    "The kernels (step, restart, observe, check_keys, check_analog) for a graphics card; ValueError when there is none."
+    global cuda  # the simulator of numba.cuda looks for this name among the globals
+    from numba import cuda
+    if not cuda.is_available():
+        raise ValueError("device 'cuda': numba finds no CUDA device or no driver for it; use device='cpu', or see what `nvidia-smi` and `numba -s` say about the card and its driver")
+    if not numba.config.ENABLE_CUDASIM: two_of_min_max()
+
+    @cuda.jit
+    def step(rows, T, L, P, controls, picked, actions, max_ms, shaping, reward, measured, counted, over, floats, extras):
+        i = cuda.grid(1)
+        if i < rows.shape[0]:
+            step_car(i, rows, T, L, P, controls, picked, actions, max_ms, shaping, reward, measured, counted, floats, extras)
+            over[0, i], over[1, i], over[2, i] = counted[3, i] == FINISHED, counted[3, i] > FINISHED, counted[3, i] > 0
+
+    @cuda.jit
+    def restart(rows, T, L, fresh, wanted, seed, random_start, measured, counted, over, floats, extras, final_floats, final_extras):
+        i = cuda.grid(1)
+        if i < rows.shape[0] and (fresh or over[2, i]):
+            if fresh == 2: rows[i, EPISODE] = -1.0
+            if fresh == 0:
+                for k in range(floats.shape[1]): final_floats[i, k] = floats[i, k]
+                for k in range(extras.shape[1]): final_extras[i, k] = extras[i, k]
+            restart_car(i, rows, T, L, wanted, seed, random_start)
+            observe_car(rows[i], T, L, floats[i], extras[i])
+            if fresh > 0: describe_car(i, rows[i], RUNNING, measured, counted)
+
+    @cuda.jit
+    def observe(rows, T, L, floats, extras):
+        i = cuda.grid(1)
+        if i < rows.shape[0]: observe_car(rows[i], T, L, floats[i], extras[i])
+
+    @cuda.jit
+    def check_keys(actions, bad):
+        i = cuda.grid(1)
+        if i < actions.shape[0] and not 0 <= actions[i] < 12: bad[0] = 1
+
+    @cuda.jit
+    def check_analog(controls, actions, bad):
+        i = cuda.grid(1)
+        if i < actions.shape[0]:
+            actions[i] = analog_action(controls[i, 0], controls[i, 1], controls[i, 2])
+            if actions[i] < 0: bad[0] = 1
+
+    return step, restart, observe, check_keys, check_analog
+
+def two_of_min_max():
+    "Give the card `min` and `max` of two numbers, as on the processor: numba from 0.66 on has lost them (its issue 10753)."
+    @overload(min, target="cuda")
+    def smaller(a, b): return lambda a, b: b if b < a else a
+    @overload(max, target="cuda")
+    def larger(a, b): return lambda a, b: b if b > a else a
+
+THREADS_PER_BLOCK = 64
+
+class CudaCars:
+    "The cars of a `RaceVectorEnv` on a graphics card, with two sets of outputs that take turns."
+    def __init__(self, env):
+        if env.image_size is not None: raise ValueError("device 'cuda': the camera draws on the processor only in this version; use image_size=None, or device='cpu'")
+        self.kernels, self.turn, n = [k[-(-env.num_envs // THREADS_PER_BLOCK), THREADS_PER_BLOCK] for k in cuda_kernels()], 0, env.num_envs
+        on_card = lambda t: type(t)(*[cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in t])
+        self.T, self.L, self.P = map(on_card, (env.packed, env.lines, env.car))
+        self.rows, self.wanted, self.key_controls, self.own = (cuda.to_device(a) for a in (env.rows, env._wanted, KEY_CONTROLS, np.arange(n)))
+        make = lambda shape, dtype=np.float64: cuda.to_device(np.zeros(shape, dtype))
+        self.sets = [dict(reward=make(n), measured=make((2, n)), counted=make((4, n), np.int64), over=make((3, n), np.bool_), floats=make((n, N_FLOATS), np.float32),
+                          extras=make((n, len(env.extras)), np.float32), final_floats=make((n, N_FLOATS), np.float32), final_extras=make((n, len(env.extras)), np.float32)) for _ in range(2)]
+
+    def next_set(self):
+        "The set of outputs that was used longest ago."
+        self.turn = 1 - self.turn
+        return self.sets[self.turn]
+
+    def obs(self, out, prefix=""):
+        "The observation in the outputs `out`."
+        return dict(floats=out[prefix + "floats"]) | (dict(extras=out[prefix + "extras"]) if out["extras"].shape[1] else {})
+
+    def info(self, out):
+        "As `RaceVectorEnv._info`."
+        m, c = out["measured"], out["counted"]
+        return dict(time_ms=m[0], progress_m=m[1], track=c[0], checkpoint=c[1], episode=c[2], end=c[3], finished=out["over"][0])
+
+    def restart(self, env, out, fresh):
+        "Begin the next episode of the cars that are over; `fresh` 1: of all; 2: of all, from episode 0."
+        self.kernels[1](self.rows, self.T, self.L, fresh, self.wanted, env._seed, env.random_start, out["measured"], out["counted"], out["over"], out["floats"], out["extras"],
+                        out["final_floats"], out["final_extras"])
+
+    def reset(self, env, fresh):
+        out = self.next_set()
+        self.wanted.copy_to_device(env._wanted)
+        out["over"].copy_to_device(np.zeros((3, env.num_envs), bool))
+        self.restart(env, out, 2 if fresh else 1)
+        return self.obs(out), self.info(out)
+
+    def chosen(self, env, actions):
+        "(controls, row of them for each car, key actions) on the card; ValueError as from `key_controls` and `analog_controls`."
+        keys, n = env.action_mode == "keys", env.num_envs
+        if not hasattr(actions, "__cuda_array_interface__"):
+            controls, picked, index = (key_controls if keys else analog_controls)(actions, n)
+            return self.key_controls if keys else cuda.to_device(controls), cuda.to_device(picked), cuda.to_device(index)
+        a, bad = cuda.as_cuda_array(actions), cuda.to_device(np.zeros(1, np.int64))
+        wanted = ((n,), np.int64) if keys else ((n, 3), np.float64)
+        if (a.shape, a.dtype) != wanted: raise ValueError(f"actions: expected {wanted[0]} of {wanted[1].__name__} on the card, got {a.shape} of {a.dtype}")
+        index = a if keys else cuda.device_array(n, np.int64)
+        if keys: self.kernels[3](a, bad)
+        else: self.kernels[4](a, index, bad)
+        if bad.copy_to_host()[0]: raise ValueError("actions: " + ("not all are action indices 0 … 11" if keys else "steer must be in −1 … 1, gas and brake in 0 … 1, all finite"))
+        return (self.key_controls, a, a) if keys else (a, self.own, index)
+
+    def step(self, env, actions):
+        chosen, out = self.chosen(env, actions), self.next_set()
+        self.kernels[0](self.rows, self.T, self.L, self.P, *chosen, env.max_race_s * 1000, env.shaping, out["reward"], out["measured"], out["counted"], out["over"], out["floats"], out["extras"])
+        self.restart(env, out, 0)
+        terminated, truncated, ended = (out["over"][k] for k in range(3))
+        info = self.info(out)
+        info |= dict(final_obs=self.obs(out, "final_"), _final_obs=ended, final_info=info | {f"_{k}": ended for k in info}, _final_info=ended)
+        return self.obs(out), out["reward"], terminated, truncated, info
+
+    def observe(self):
+        out = self.next_set()
+        self.kernels[2](self.rows, self.T, self.L, out["floats"], out["extras"])
+        return self.obs(out)
+
+# %% ../../nbs/world/30_env.ipynb #8b7a2751
+class RaceEnv(gymnasium.Env):
+    "One car of `RaceVectorEnv` (its arguments apart from `num_envs`, `device` and `threads`) as a `gymnasium.Env`; `render_mode` None or rgb_array."
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, tracks, image_size=(64, 64), action_mode="keys", extras=(), *, render_mode=None, **kw):
+        if render_mode not in (None, "rgb_array"): raise ValueError(f"render_mode {render_mode!r}: None or 'rgb_array'")
+        self.cars, self.render_mode, self._over = RaceVectorEnv(tracks, 1, image_size, action_mode, extras, threads=1, **kw), render_mode, True
+        self.observation_space, self.action_space = self.cars.single_observation_space, self.cars.single_action_space
+
+    def reset(self, *, seed=None, options=None):
+        "Begin an episode; see `RaceVectorEnv.reset`."
+        super().reset(seed=seed)
+        obs, info = self.cars.reset(seed=seed, options=options)
+        self._over = False
+        return {k: v[0] for k, v in obs.items()}, {k: v[0].item() for k, v in info.items()}
+
+    def step(self, action):
+        "One decision of 50 ms."
+        if self._over: raise ValueError("the episode is over: call reset")
+        obs, reward, terminated, truncated, info = self.cars.step(np.asarray(action)[None])
+        self._over = bool(terminated[0] or truncated[0])
+        obs = info["final_obs"][0] if self._over else {k: v[0] for k, v in obs.items()}
+        return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {k: v[0].item() for k, v in info.items() if "final" not in k}
+
+    def render(self):
+        "The camera's view (240, 320, 3) uint8, when the render mode is rgb_array."
+        if self.render_mode == "rgb_array": return np.repeat(self.cars.frames(image_size=(240, 320))[0][:, :, None], 3, axis=2)
