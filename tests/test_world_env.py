@@ -166,7 +166,7 @@ def test_an_early_end_never_pays():
     env.reset(seed=1)
     def drive(rows):
         floats = np.empty((len(rows), 184), np.float32)
-        world_env.observe_cars(rows, env.packed, env.lines, floats, np.empty((len(rows), 0), np.float32))
+        world_env.observe_cars(np.arange(len(rows)), rows, env.packed, env.lines, floats, np.empty((len(rows), 0), np.float32))
         return steer(floats)
     for _ in range(60): env.step(drive(env.rows))
     start = env.rows.copy()
@@ -253,8 +253,9 @@ def test_shaping_is_a_potential(tracks):
     assert np.allclose(total, -0.1 * (distance(envs[1]) - before)) and not np.allclose(total, 0)
 
 
-def test_snapshot_repeats_frames_and_futures(tracks):
-    env = RaceVectorEnv(tracks, 5, image_size=(32, 32), threads=1, random_start=True)
+@pytest.mark.parametrize("distractors", [0, 3])
+def test_snapshot_repeats_frames_and_futures(tracks, distractors):
+    env = RaceVectorEnv(tracks, 5, image_size=(32, 32), threads=1, random_start=True, distractors=distractors)
     env.reset(seed=8)
     actions = np.random.default_rng(2).integers(0, 12, (80, 5))
     for a in actions[:30]: env.step(a)
@@ -263,13 +264,32 @@ def test_snapshot_repeats_frames_and_futures(tracks):
     first = digest()
     env.restore(saved)
     assert digest() == first
+    other = RaceVectorEnv(tracks, 5, image_size=(32, 32), threads=1, distractors=distractors)
+    other.restore(saved)
+    env = other
+    env.restore(saved)
+    assert digest() == first  # in another env too
 
 
-def future_hashes(decisions, cars, threads, image_size=None):
+def test_distractors_change_frames_alone(tracks):
+    "Clouds, a shaking camera, a clock and other cars differ from car to car, episode to episode and moment to moment; the cars drive as without them."
+    plain, busy = (RaceVectorEnv(tracks, 4, image_size=(64, 64), threads=1, distractors=d, max_race_s=1.0) for d in (0, 3))
+    a, b = plain.reset(seed=0)[0], busy.reset(seed=0)[0]
+    frames = [(a["image"], b["image"])]
+    for k in range(25):
+        (a, *_), (b, *_) = (e.step([0, 0, 0, 0]) for e in (plain, busy))
+        assert np.array_equal(plain.rows, busy.rows) and np.array_equal(a["floats"], b["floats"])
+        frames.append((a["image"], b["image"]))
+    assert all(not np.array_equal(x, y) for x, y in frames)
+    one = RaceVectorEnv(tracks, 2, image_size=(64, 64), threads=1, distractors=3, max_race_s=1.0)
+    assert np.array_equal(one.reset(seed=0)[0]["image"], frames[0][1][:2])  # car i's are the same in any batch
+
+
+def future_hashes(decisions, cars, threads, image_size=None, distractors=3):
     "Digest of everything that cars 0 … k − 1 observed, earned and became, for k = 1, 7 and 64 (as far as there are cars), over `decisions` on three tracks."
     rng = np.random.default_rng(3)
     table = np.repeat(np.where(rng.random((decisions // 10 + 1, 64)) < .25, rng.integers(0, 12, (decisions // 10 + 1, 64)), 99), 10, axis=0)[:, :cars]
-    env = RaceVectorEnv([generate_track(k, kind, 8) for k, kind in enumerate(("flat", "hilly", "jump"))], cars, image_size=image_size, threads=threads, random_start=True)
+    env = RaceVectorEnv([generate_track(k, kind, 8) for k, kind in enumerate(("flat", "hilly", "jump"))], cars, image_size=image_size, threads=threads, random_start=True, distractors=distractors)
     obs, _ = env.reset(seed=11)
     digests, ends = {k: hashlib.blake2b() for k in (1, 7, 64) if k <= cars}, np.zeros(5, int)
     for step in range(decisions):

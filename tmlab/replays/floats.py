@@ -125,7 +125,7 @@ def follow_line(points, position, zone=None):
     follow_zones(points, zone_metres(points), np.ascontiguousarray(position, np.float64), LINE_BEFORE if zone is None else zone, zones, progress)
     return zones, progress
 
-# %% ../../nbs/replays/60_floats.ipynb #e32bfd57
+# %% ../../nbs/replays/60_floats.ipynb #fb18993f
 def road_points(points):
     """`(ahead (3, 20·R) float32, R)`: the points (N, 3) of an extended line, those that are 20 apart in sequence. A car in zone z sees the 40 columns from
     `road_column(z, R)` on; past the end of the line its last point is repeated. float32 rounds by 0.03 mm at 500 m, 0.06 mm at 1000 m."""

@@ -9,16 +9,17 @@ __all__ = ['TAN_X', 'TAN_Y', 'CHASE', 'HOOD', 'NEAR_M', 'RANGE_M', 'INLINE', 'PL
            'GATE_PAINT', 'FINISH_PAINT', 'CAR_PAINT', 'SHADOW_PAINT', 'GRADIENT_U', 'GRADIENT_V', 'MID_U', 'MID_V',
            'PAINT', 'HALF', 'GROWTH', 'INNER', 'FIELDS', 'WIDE', 'Scene', 'SCENES', 'MOST', 'LANES', 'BOUNDS', 'INV',
            'U', 'V', 'TOP', 'BOTTOM', 'NEAREST', 'PAINTED', 'HALF_AT', 'GROWS', 'INSIDE', 'N_SET', 'PIXEL',
-           'MOST_SPANS', 'N_SPAN', 'N_BLOCK', 'COLUMNS', 'ROWS', 'MIPS', 'CELL_M', 'ROAD_COLUMNS', 'VERGE_COLUMNS',
-           'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'LOOK', 'TEXTURES', 'CAR_SHAPE', 'FAR', 'MOST_COLUMNS', 'HORIZON',
-           'AIR', 'AIR_CLASSES', 'GLYPHS', 'BLOCK', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View',
-           'Paint', 'Scratch', 'aim', 'look', 'from_car', 'quad_rows', 'per_metre', 'deviation', 'cuts', 'lines_of',
-           'ribbon_rows', 'upright_rows', 'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at',
-           'put', 'dot', 'cross', 'minus', 'corner', 'triple', 'add_bound', 'rows_between', 'set_up', 'find_spans',
-           'cut_blocks', 'shade', 'fill', 'paint_tones', 'mips', 'make_textures', 'make_spec', 'car_batch', 'bearings',
-           'sky_row', 'ground_row', 'fill_background', 'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box',
-           'clock', 'section_at', 'other_car', 'distances', 'draw_scene', 'draw_own', 'draw_others', 'draw_car',
-           'render_kernel', 'check', 'draw', 'render', 'render_classes']
+           'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE', 'COLUMNS', 'ROWS', 'MIPS', 'CELL_M',
+           'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES', 'CAR_SHAPE', 'FAR', 'MOST_COLUMNS',
+           'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'BLOCK', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS',
+           'RoadArrays', 'View', 'Paint', 'Scratch', 'aim', 'look', 'from_car', 'quad_rows', 'per_metre', 'deviation',
+           'cuts', 'lines_of', 'ribbon_rows', 'upright_rows', 'end_rows', 'gate_rows', 'track_quads', 'build_scene',
+           'scene_of', 'at', 'put', 'dot', 'cross', 'minus', 'corner', 'triple', 'add_bound', 'rows_between', 'upwards',
+           'set_up', 'keep', 'find_spans', 'cut_blocks', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips',
+           'make_textures', 'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row',
+           'fill_background', 'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at',
+           'other_car', 'distances', 'draw_scene', 'draw_own', 'draw_others', 'draw_car', 'render_kernel', 'check',
+           'make_paint', 'draw', 'render', 'render_classes']
 
 # %% ../../nbs/world/20_camera.ipynb #a04eaadf
 import math, weakref
@@ -75,12 +76,12 @@ def from_car(cam, position, rotation, out):
         for k in range(3, 12, 3): out[k + j] = cam[k] * rotation[0, j] + cam[k + 1] * rotation[1, j] + cam[k + 2] * rotation[2, j]
 
 # %% ../../nbs/world/20_camera.ipynb #9bce28a4
-LEVELS, TOLERANCE_M = 6, 0.02  # the tolerance of a level is twice that of the one before
+LEVELS, TOLERANCE_M = 7, 0.05  # the tolerance of a level is twice that of the one before
 PAINTS = 11
 ASPHALT_PAINT, DIRT_PAINT, TURBO_PAINT, GRASS_PAINT, UNDERSIDE, WALL_PAINT, ISLAND_PAINT, GATE_PAINT, FINISH_PAINT, CAR_PAINT, SHADOW_PAINT = range(PAINTS)
 GRADIENT_U, GRADIENT_V, MID_U, MID_V, PAINT, HALF, GROWTH, INNER, FIELDS = 12, 15, 18, 19, 20, 21, 22, 23, 24  # places in a quad's row, after 12 for its corners
 WIDE = 1e6  # m: "half width" of what has no edges
-Scene = namedtuple("Scene", "chunk_offset ball quad_offset quads ground_y")
+Scene = namedtuple("Scene", "chunk_offset ball quad_offset quads ground_y most_chunks most_quads")
 
 def quad_rows(corners, gu, gv, u, v, paint, half=WIDE, growth=0.0, inner=1.0):
     "(n, FIELDS) float32 from corners (n, 4, 3) in order round the quad, gradients (n, 3) of u and v, and u and v at the middle. Road ends at |v| = half + growth u."
@@ -121,7 +122,7 @@ def cuts(lines, state):
         found.append((a[k], b[k], level))
     return tuple(np.concatenate(x) for x in zip(*found))
 
-# %% ../../nbs/world/20_camera.ipynb #4458868a
+# %% ../../nbs/world/20_camera.ipynb #b692dad9
 def lines_of(k, t):
     "The sections of packed track `t`: their arrays and the lines (N, 3) along which quads are cut."
     r = SimpleNamespace(**{x: getattr(k, x)[k.offset[t]:k.offset[t + 1]] for x in "centre left up s half_width verge surface gap wall island".split()})
@@ -188,11 +189,12 @@ def track_quads(k, t):
     return rows[np.argsort(key, kind="stable")], np.bincount(key, minlength=LEVELS * int(k.chunk_offset[t + 1] - k.chunk_offset[t]))
 
 def build_scene(k):
-    "`Scene` of packed tracks: quads of all chunks and levels, and the chunks' balls (4, C) float32."
+    "`Scene` of packed tracks: quads of all chunks and levels, the chunks' balls (4, C) float32, and the most that one track has."
     parts = [track_quads(k, t) for t in range(len(k.offset) - 1)]
-    count = np.concatenate([p[1] for p in parts])
+    count, chunks = np.concatenate([p[1] for p in parts]), np.diff(k.chunk_offset)
+    finest = np.add.reduceat(count.reshape(-1, LEVELS).max(axis=1), k.chunk_offset[:-1])
     return Scene(k.chunk_offset, np.ascontiguousarray(k.chunk_ball.T, np.float32), np.concatenate([[0], np.cumsum(count)]).astype(np.int64),
-                 np.concatenate([p[0] for p in parts]), k.ground_y)
+                 np.concatenate([p[0] for p in parts]), k.ground_y, int(chunks.max()), int(finest.max()))
 
 SCENES = {}  # by id of a packed track's centre; gone when the array is
 
@@ -253,12 +255,18 @@ def rows_between(p, q):
     crosses, ahead = (p[2] < near) != (q[2] < near), p[2] >= near
     return min(here if ahead else f32(1e9), cut if crosses else f32(1e9)), max(here if ahead else f32(-1e9), cut if crosses else f32(-1e9))
 
+@njit(**INLINE)
+def upwards(x):
+    "`x` >= 0, rounded up."
+    whole = f32(i32(min(x, f32(1e6))))
+    return whole + (f32(1.0) if whole < x else f32(0.0))
+
 @njit(**PLAIN)
 def set_up(q, n, cam, height, width, e):
     "Fill `e` with bounds, 1/depth, u/depth and v/depth (at pixel 0, 0, per column and per row) of the first `n` quads in `q`."
     eye, column, row, ahead = (cam[0], cam[1], cam[2]), (cam[12], cam[13], cam[14]), (cam[15], cam[16], cam[17]), (cam[9], cam[10], cam[11])
     ray, ray_x, ray_y = (cam[18], cam[19], cam[20]), (cam[21], cam[22], cam[23]), (cam[24], cam[25], cam[26])
-    near, rows, columns, zero, quarter = f32(NEAR_M), f32(height), f32(width), f32(0.0), f32(0.25)
+    near, rows, last, columns, zero, quarter = f32(NEAR_M), f32(height), f32(height - 1), f32(width), f32(0.0), f32(0.25)
     for first in range(u64(0), u64(n), u64(LANES)):
         for lane in range(u64(LANES)):
             k = first + lane
@@ -289,79 +297,90 @@ def set_up(q, n, cam, height, width, e):
             nearest = min(min(p0[2], p1[2]), min(p2[2], p3[2]))
             x0, x1, x2, x3 = p0[0] / p0[2], p1[0] / p1[2], p2[0] / p2[2], p3[0] / p3[2]
             beside = (nearest >= near) & ((max(max(x0, x1), max(x2, x3)) < zero) | (min(min(x0, x1), min(x2, x3)) > columns))
-            put(e, k, TOP, rows if beside else max(min(min(t0, t1), min(t2, t3)), zero), min(max(max(b0, b1), max(b2, b3)), rows), nearest)
+            put(e, k, TOP, rows if beside else upwards(max(min(min(t0, t1), min(t2, t3)), zero)), min(max(max(b0, b1), max(b2, b3)), last), nearest)
             paint = at(q, k, PAINT)
             put(e, k, PAINTED, f32(UNDERSIDE) if (away > zero) & (paint < f32(UNDERSIDE)) else paint, at(q, k, HALF), at(q, k, GROWTH))
             e[k + u64(INSIDE * MOST)] = at(q, k, INNER)
 
-# %% ../../nbs/world/20_camera.ipynb #0528a1cc
+# %% ../../nbs/world/20_camera.ipynb #a9cf7087
 PIXEL = dict(cache=True, nogil=True, error_model="numpy", _nrt=False, fastmath={"contract"})  # multiply and add at once; the same for every car
-MOST_SPANS, N_SPAN, N_BLOCK = 256, 16, 4
+MOST_SPANS, MOST_PIXELS, N_SPAN, SPAN_LANES = 512, 1024, 15, 8  # MOST_PIXELS: greatest height and width of a picture
+STRIDE = MOST_SPANS + MOST_PIXELS + LANES  # of the fields of spans
 COLUMNS, ROWS, MIPS, CELL_M = 64, 64, 5, 0.5  # of a texture; rows are CELL_M apart
-ROAD_COLUMNS, VERGE_COLUMNS = 24, 7  # on each side; between them one for the edge
-ROAD_CELL_M, VERGE_CELL_M = 0.625, 1.6
-N_SPEC, LOOK = 24, 8
+ROAD_COLUMNS, ROAD_CELL_M, VERGE_CELL_M = 24, 0.625, 1.6  # columns of road on each side; then one for the edge, the rest is verge
+N_SPEC = 8
+
+@njit(**INLINE)
+def keep(spans, n, field, x):
+    "Set field number `field` of span `n`."
+    spans[n + u64(field * STRIDE)] = x
 
 @njit(**PIXEL)
-def find_spans(e, k, height, width, spec, spans, n):
-    "Add quad `k`'s spans to `spans`, which holds `n`; the new number. `spec`: see `make_spec`."
+def find_spans(e, k, spec, width, spans, n):
+    "Add quad `k`'s spans to `spans`, which holds `n`; the new number. Some may be empty. `spec`: see `make_spec`."
     a0, b0, c0, d0, a1, b1, c1, d1 = at(e, k, 0), at(e, k, 1), at(e, k, 2), at(e, k, 3), at(e, k, 4), at(e, k, 5), at(e, k, 6), at(e, k, 7)
     a2, b2, c2, d2, a3, b3, c3, d3 = at(e, k, 8), at(e, k, 9), at(e, k, 10), at(e, k, 11), at(e, k, 12), at(e, k, 13), at(e, k, 14), at(e, k, 15)
     i0, ix, iy, u0, ux, uy, v0, vx, vy = at(e, k, 16), at(e, k, 17), at(e, k, 18), at(e, k, 19), at(e, k, 20), at(e, k, 21), at(e, k, 22), at(e, k, 23), at(e, k, 24)
     o, zero, one, columns = u64(int(at(e, k, PAINTED)) * N_SPEC), f32(0.0), f32(1.0), f32(width)
-    per_u, per_v, haze, haze_tone = spec[o], spec[o + u64(1)], spec[o + u64(2)], spec[o + u64(3)]
+    per_u, per_v, haze, haze_tone, table, size, rows = spec[o], spec[o + u64(1)], spec[o + u64(2)], spec[o + u64(3)], spec[o + u64(4)], spec[o + u64(5)], spec[o + u64(6)]
     v0, vx, vy, half, grows, inside = v0 * per_v, vx * per_v, vy * per_v, at(e, k, HALF_AT) * per_v, at(e, k, GROWS) * per_v, at(e, k, INSIDE)
-    touches = at(e, k, NEAREST) < f32(NEAR_M)
-    for r in range(int(at(e, k, TOP)), min(int(at(e, k, BOTTOM)) + 1, height)):
-        f = f32(r)
-        left = max(max(a0 + b0 * f, a1 + b1 * f), max(max(a2 + b2 * f, a3 + b3 * f), zero))
-        right = min(min(c0 + d0 * f, c1 + d1 * f), min(min(c2 + d2 * f, c3 + d3 * f), columns))
-        inv, u, v = i0 + iy * f, u0 + uy * f, v0 + vy * f
-        if touches:  # not nearer than the near plane
-            bound = (f32(1.0 / NEAR_M) - inv) / (ix if ix != zero else f32(1e-9))
-            left, right = (max(left, bound) if ix < zero else left), (right if ix < zero else min(right, bound))
-        right = max(right, zero)
-        left = min(left, right)
-        first, end = int(left), int(right)
-        first, end = first + int(f32(first) < left), end + int(f32(end) < right)
-        middle = f32(0.5) * (left + right)
-        there, along = inv + ix * middle, u + ux * middle
-        cells, per = abs(uy * there - along * iy) * per_u, there * there
-        m = o + u64(LOOK) + u64(3) * u64(int(cells >= f32(1.5) * per) + int(cells >= f32(3.0) * per) + int(cells >= f32(6.0) * per) + int(cells >= f32(12.0) * per))
-        depth = one / there
-        outer, fog, scale, p = half + grows * along * depth, min(depth * haze, f32(0.45)), spec[m + u64(2)], u64(n * N_SPAN)
-        spans[p], spans[p + u64(1)], spans[p + u64(2)], spans[p + u64(3)] = inv, ix, u * scale, ux * scale
-        spans[p + u64(4)], spans[p + u64(5)], spans[p + u64(6)], spans[p + u64(7)] = v, vx, outer * inside, outer
-        spans[p + u64(8)], spans[p + u64(9)], spans[p + u64(10)], spans[p + u64(11)] = one - fog, fog * haze_tone, spec[m], spec[m + u64(1)]
-        spans[p + u64(12)], spans[p + u64(13)], spans[p + u64(14)] = f, f32(first), f32(end)
-        n += int(first < end)
+    closest = f32(1.0 / NEAR_M) if at(e, k, NEAREST) < f32(NEAR_M) else f32(1e9)
+    per_x, falls = one / (ix if ix != zero else f32(1e-9)), ix < zero
+    first, end = int(at(e, k, TOP)), int(at(e, k, BOTTOM)) + 1
+    for r in range(first, end, SPAN_LANES):
+        for j in range(u64(SPAN_LANES)):
+            f, m = f32(r) + f32(j), u64(n) + j
+            left = max(max(a0 + b0 * f, a1 + b1 * f), max(max(a2 + b2 * f, a3 + b3 * f), zero))
+            right = min(min(c0 + d0 * f, c1 + d1 * f), min(min(c2 + d2 * f, c3 + d3 * f), columns))
+            inv, u, v = i0 + iy * f, u0 + uy * f, v0 + vy * f
+            nearer = (closest - inv) * per_x  # beyond this column the quad is nearer than the near plane
+            left, right = (max(left, nearer) if falls else left), max(right if falls else min(right, nearer), zero)
+            left = min(left, right)
+            middle = f32(0.5) * (left + right)
+            there, along = inv + ix * middle, u + ux * middle
+            cells, square = abs(uy * there - along * iy) * per_u, there * there  # cells per row of pixels, times the square of 1/depth
+            part = f32(0.5) if cells >= f32(1.5) * square else one
+            part = f32(0.25) if cells >= f32(3.0) * square else part
+            part = f32(0.125) if cells >= f32(6.0) * square else part
+            part = f32(0.0625) if cells >= f32(12.0) * square else part
+            depth = one / there
+            outer, fog, scale = half + grows * along * depth, min(depth * haze, f32(0.45)), per_u * part
+            keep(spans, m, 0, inv), keep(spans, m, 1, ix), keep(spans, m, 2, u * scale), keep(spans, m, 3, ux * scale), keep(spans, m, 4, v), keep(spans, m, 5, vx)
+            keep(spans, m, 6, outer * inside), keep(spans, m, 7, outer), keep(spans, m, 8, one - fog), keep(spans, m, 9, fog * haze_tone)
+            keep(spans, m, 10, table + size * (one - part)), keep(spans, m, 11, rows * part - one)
+            first_column, end_column = upwards(left), upwards(right)
+            keep(spans, m, 12, f * columns + first_column), keep(spans, m, 13, first_column), keep(spans, m, 14, end_column - first_column)
+        n += min(SPAN_LANES, end - r)
     return n
 
-@njit(**PIXEL)
-def cut_blocks(spans, n, width, blocks):
-    "Cut `n` spans into blocks of LANES pixels: (span, first column, pixels left in the span, pixel number) in `blocks`; their number."
-    m = 0
-    for k in range(n):
-        p = u64(k * N_SPAN)
-        here, first, end = i32(spans[p + u64(12)]) * width, int(spans[p + u64(13)]), int(spans[p + u64(14)])
-        count = (end - first + LANES - 1) // LANES
-        for j in range(max(count, 4)):  # mostly four, whether needed or not: a loop of fixed length is quicker
-            q, column = u64(N_BLOCK * (m + j)), first + LANES * j
-            blocks[q], blocks[q + u64(1)], blocks[q + u64(2)], blocks[q + u64(3)] = k, column, end - column, here + column
+@njit(**PLAIN)
+def cut_blocks(spans, n, blocks):
+    "Cut `n` spans into blocks of LANES pixels; their number. A block is 64 times the number of its span, plus its place in the span."
+    m = u64(0)
+    for k in range(u64(n)):
+        first = i32(i32(k) * i32(64))
+        count = u64(i32(spans[k + u64(14 * STRIDE)] + f32(LANES - 1))) // u64(LANES)
+        blocks[m], blocks[m + u64(1)], blocks[m + u64(2)], blocks[m + u64(3)] = first, first + 1, first + 2, first + 3  # four at once, needed or not: nothing to guess
+        for j in range(u64(4), count): blocks[m + j] = first + i32(j)
         m += count
     return m
+
+@njit(**INLINE)
+def of(spans, k, field):
+    "Field number `field` of span `k`."
+    return spans[k + u64(field * STRIDE)]
 
 @njit(**PIXEL)
 def shade(spans, blocks, n, depth, tone):
     """Draw `n` blocks where they are nearer than what is there: `depth` holds 1/m, `tone` gray. Beyond the span's end a block's lanes write back what they read, also into the next row
     or behind the picture, which therefore has LANES pixels to spare."""
     grass_columns = f32(ROAD_CELL_M / VERGE_CELL_M)
-    for b in range(u64(n)):
-        q = u64(N_BLOCK) * b
-        o, start, room, p = u64(N_SPAN) * u64(blocks[q]), f32(blocks[q + u64(1)]), f32(blocks[q + u64(2)]), u64(blocks[q + u64(3)])
-        inv0, ix, u0, ux, v0, vx = spans[o], spans[o + u64(1)], spans[o + u64(2)], spans[o + u64(3)], spans[o + u64(4)], spans[o + u64(5)]
-        inner, outer, clear, fog = spans[o + u64(6)], spans[o + u64(7)], spans[o + u64(8)], spans[o + u64(9)]
-        texture, mask, grass = i32(spans[o + u64(10)]), i32(spans[o + u64(11)]), f32(ROAD_COLUMNS + 1) - grass_columns * outer
+    for b in range(n):
+        k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
+        p, start, room = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip
+        inv0, ix, u0, ux, v0, vx = of(spans, k, 0), of(spans, k, 1), of(spans, k, 2), of(spans, k, 3), of(spans, k, 4), of(spans, k, 5)
+        inner, outer, clear, fog = of(spans, k, 6), of(spans, k, 7), of(spans, k, 8), of(spans, k, 9)
+        table, mask, grass = i32(of(spans, k, 10)), i32(of(spans, k, 11)), f32(ROAD_COLUMNS + 1) - grass_columns * outer
         for j in range(u64(LANES)):
             c = start + f32(j)
             inv, was = inv0 + ix * c, depth[p + j]
@@ -373,20 +392,34 @@ def shade(spans, blocks, n, depth, tone):
             x = min(grass + beside * grass_columns, f32(COLUMNS // 2 - 0.1)) if beside > outer else x
             x = f32(COLUMNS // 2) + math.copysign(x, v)
             along = i32(i32((u0 + ux * c) * metres) & mask)
-            t = TEXTURES[u64(i32(texture + i32(i32(along * i32(COLUMNS)) + i32(i32(x) & i32(COLUMNS - 1)))))] * clear + fog
+            t = TEXTURES[u64(i32(table + i32(i32(along * i32(COLUMNS)) + i32(i32(x) & i32(COLUMNS - 1)))))] * clear + fog
             depth[p + j] = inv if hit else was
             tone[p + j] = np.uint8(i32(t)) if hit else tone[p + j]
 
+@njit(**PIXEL)
+def shade_flat(spans, blocks, n, depth, tone):
+    "As `shade`, for quads of one tone each."
+    for b in range(n):
+        k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
+        p, start, room, inv0, ix = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip, of(spans, k, 0), of(spans, k, 1)
+        gray = np.uint8(i32(TEXTURES[u64(i32(of(spans, k, 10) + of(spans, k, 4) / inv0) + i32(COLUMNS // 2))]))
+        for j in range(u64(LANES)):
+            inv, was = inv0 + ix * (start + f32(j)), depth[p + j]
+            hit = (inv > was) & (f32(j) < room)
+            depth[p + j] = inv if hit else was
+            tone[p + j] = gray if hit else tone[p + j]
+
 @njit(**PLAIN)
-def fill(q, n, cam, height, width, spec, e, spans, blocks, depth, tone):
+def fill(q, n, cam, height, width, spec, flat, e, spans, blocks, depth, tone):
     "Draw the first `n` quads in `q`, as `cam` sees them."
     set_up(q, n, cam, height, width, e)
     m = 0
     for k in range(n + 1):
         if k == n or m > MOST_SPANS:
-            shade(spans, blocks, cut_blocks(spans, m, width, blocks), depth, tone)
+            if flat: shade_flat(spans, blocks, cut_blocks(spans, m, blocks), depth, tone)
+            else: shade(spans, blocks, cut_blocks(spans, m, blocks), depth, tone)
             m = 0
-        if k < n and at(e, k, TOP) < at(e, k, BOTTOM): m = find_spans(e, k, height, width, spec, spans, m)
+        if k < n and at(e, k, TOP) <= at(e, k, BOTTOM): m = find_spans(e, k, spec, width, spans, m)
 
 # %% ../../nbs/world/20_camera.ipynb #fdf036fb
 def paint_tones():
@@ -427,16 +460,13 @@ TEXTURES.flags.writeable = False
 
 @lru_cache(None)
 def make_spec(as_classes):
-    "(PAINTS x N_SPEC,) float32, per paint: cells per metre along and across, haze per metre, its tone; from LOOK on for each level: where the table begins, rows - 1, cells per metre."
+    "(PAINTS x N_SPEC,) float32, per paint: cells per metre along and across, haze per metre and its tone, where its table begins, floats in all levels of an endless pyramid, rows."
     out = np.zeros((PAINTS, N_SPEC), np.float32)
-    out[:, 0], out[:, 1] = 1 / CELL_M, [1 / ROAD_CELL_M] * 5 + [4, 4, .5, .5, 1, 1]
-    out[:, 2:4] = (0, 0) if as_classes else (.0016, 158)
-    if not as_classes: out[CAR_PAINT:, 2] = 0
-    begin = np.cumsum([0] + [(ROWS >> k) * COLUMNS for k in range(MIPS)])
-    for p in range(PAINTS):
-        for k in range(MIPS):
-            look = (PAINTS * begin[-1] + p * COLUMNS, 0, 0) if as_classes else (p * begin[-1] + begin[k], (ROWS >> k) - 1, 1 / CELL_M / 2 ** k)
-            out[p, LOOK + 3 * k:LOOK + 3 * k + 3] = look
+    out[:, 0], out[:, 1], out[:, 2], out[:, 3] = 1 / CELL_M, [1 / ROAD_CELL_M] * 5 + [4, 4, .5, .5, 1, 1], .0016, 158
+    out[CAR_PAINT:, 2] = 0
+    area = sum((ROWS >> k) * COLUMNS for k in range(MIPS))
+    out[:, 4], out[:, 5], out[:, 6] = area * np.arange(PAINTS), 2 * ROWS * COLUMNS, ROWS
+    if as_classes: out[:, 2], out[:, 4], out[:, 5], out[:, 6] = 0, area * PAINTS + COLUMNS * np.arange(PAINTS), 0, 1
     return out.ravel()
 
 # %% ../../nbs/world/20_camera.ipynb #c3a91187
@@ -462,10 +492,10 @@ def car_batch():
     out[:, :len(rows)] = rows.T
     return out.ravel(), len(rows)
 
-# %% ../../nbs/world/20_camera.ipynb #a6a3e221
+# %% ../../nbs/world/20_camera.ipynb #850d389c
 FAR = f32(1.0 / RANGE_M)
-MOST_COLUMNS = 1024 + 2 * LANES
-HORIZON = f32(-1e-3)  # a ray that falls less than this is sky
+MOST_COLUMNS = MOST_PIXELS + 2 * LANES
+HORIZON, HILLS = f32(-1e-3), f32(0.2)  # a ray that falls less than this is sky; one that rises more is above all hills
 # tones: sky at the horizon, per unit of elevation, to one side; hills, to one side, per unit of elevation, height; ground, fields, furrows, haze per metre, its tone
 AIR = (206, -92, 16, 96, 14, 50, 1, 58, 15, 7, .0016, 158)
 AIR_CLASSES = (SKY, 0, 0, SKY, 0, 0, 0, GROUND, 0, 0, 0, 0)
@@ -479,8 +509,8 @@ def bearings(cam, width, air, columns):
     sky, sky_side, hill, hill_side, tall = air[0], air[2], air[3], air[4], air[6]
     for first in range(u64(0), u64(width), u64(LANES)):
         for j in range(u64(LANES)):
-            c = first + j
-            x, z = x0 + xx * f32(c), z0 + zx * f32(c)
+            c, f = first + j, f32(i32(first)) + f32(j)
+            x, z = x0 + xx * f, z0 + zx * f
             per = f32(1.0) / math.sqrt(x * x + z * z + f32(1e-6))
             x, z = x * per, z * per
             zz = z * z
@@ -500,6 +530,16 @@ def sky_row(r, cam, width, air, columns, depth, tone):
             hills, sky = columns[c + j + u64(2) * m] + hill_fade * up, columns[c + j + u64(3) * m] + fade * min(up, f32(1.0))
             t = hills if up < columns[c + j + m] else sky
             tone[p + j] = np.uint8(i32(t)) if (depth[p + j] <= FAR) & (rise > HORIZON) & (f32(j) < room) else tone[p + j]
+
+@njit(**PIXEL)
+def high_sky_row(r, cam, width, air, columns, depth, tone):
+    "As `sky_row`, for a row above all hills."
+    m, rise0, rise_x, fade = u64(MOST_COLUMNS), cam[19] + cam[25] * f32(r), cam[22], air[1]
+    for first in range(0, width, LANES):
+        p, c, room = u64(r * width + first), u64(first), f32(width - first)
+        for j in range(u64(LANES)):
+            t = columns[c + j + u64(3) * m] + fade * min((rise0 + rise_x * (f32(first) + f32(j))) * columns[c + j], f32(1.0))
+            tone[p + j] = np.uint8(i32(t)) if (depth[p + j] <= FAR) & (f32(j) < room) else tone[p + j]
 
 @njit(**PIXEL)
 def ground_row(r, cam, drop, width, air, depth, tone):
@@ -528,10 +568,11 @@ def fill_background(cam, ground_y, height, width, air, columns, depth, tone):
     for r in range(height):
         left = cam[19] + cam[25] * f32(r)
         right = left + cam[22] * f32(width - 1)
-        if max(left, right) > HORIZON: sky_row(r, cam, width, air, columns, depth, tone)
+        if min(left, right) > HILLS: high_sky_row(r, cam, width, air, columns, depth, tone)
+        elif max(left, right) > HORIZON: sky_row(r, cam, width, air, columns, depth, tone)
         if min(left, right) <= HORIZON: ground_row(r, cam, drop, width, air, depth, tone)
 
-# %% ../../nbs/world/20_camera.ipynb #0b22b3c9
+# %% ../../nbs/world/20_camera.ipynb #f588f617
 GLYPHS = (31599, 11415, 29671, 29647, 23497, 31183, 31215, 29257, 31727, 31695)  # digits 0 … 9, 5 rows of 3 bits
 
 @njit(**INLINE)
@@ -623,13 +664,13 @@ def other_car(road, t, j, seed, key, seconds, position, rotation):
         rotation[k, 0], rotation[k, 1], rotation[k, 2] = road.left[i, k], road.up[i, k], road.tangent[i, k]
 
 # %% ../../nbs/world/20_camera.ipynb #aa4686fc
-BLOCK = 8  # cars that share one set of scratch arrays
+BLOCK = 16  # cars that share one set of scratch arrays
 PIXELS, OTHERS_PER_M = 0.4, 1 / 70
 ROAD_ARRAYS = "offset centre tangent left up s half_width"
 RoadArrays = namedtuple("RoadArrays", ROAD_ARRAYS.split())
 View = namedtuple("View", "height width back above pitch car distractors seed")
 Paint = namedtuple("Paint", "spec air car_quads car_count as_classes")
-Scratch = namedtuple("Scratch", "cam own columns far quads set_up spans blocks depth tone position rotation")
+Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up spans blocks depth tone position rotation")
 
 @njit(**PIXEL)
 def distances(cam, ball, lo, hi, far):
@@ -641,32 +682,34 @@ def distances(cam, ball, lo, hi, far):
         hidden = (ahead < f32(NEAR_M) - radius) | (ahead > f32(RANGE_M) + radius) | (abs(right) > ahead * f32(TAN_X) + radius * f32(1.42)) | (abs(up) > ahead * f32(TAN_Y) + radius * f32(1.25))
         far[i - u64(lo)] = f32(-1.0) if hidden else max(math.sqrt(x * x + y * y + z * z) - radius, f32(0.0))
 
-@njit(**PLAIN)
+@njit(**INLINE)
 def draw_scene(scene, t, view, paint, w):
     "Draw everything that stands on track `t` into the scratch arrays `w`."
-    lo, hi, n = scene.chunk_offset[t], scene.chunk_offset[t + 1], 0
+    lo, hi, n = scene.chunk_offset[t], scene.chunk_offset[t + 1], u64(0)
     distances(w.cam, scene.ball, lo, hi, w.far)
     per = f32(PIXELS * 2.0 * TAN_X / TOLERANCE_M) / f32(view.width)
     for chunk in range(lo, hi):
         x = w.far[u64(chunk - lo)] * per
         if x < f32(0.0): continue
-        level = int(x >= f32(2.0)) + int(x >= f32(4.0)) + int(x >= f32(8.0)) + int(x >= f32(16.0)) + int(x >= f32(32.0))
-        for i in range(scene.quad_offset[chunk * LEVELS + level], scene.quad_offset[chunk * LEVELS + level + 1]):
-            if n == MOST:
-                fill(w.quads, n, w.cam, view.height, view.width, paint.spec, w.set_up, w.spans, w.blocks, w.depth, w.tone)
-                n = 0
-            for k in range(u64(FIELDS)): w.quads[k * u64(MOST) + u64(n)] = scene.quads[u64(i), k]
-            n += 1
-    fill(w.quads, n, w.cam, view.height, view.width, paint.spec, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+        level = int(x >= f32(2.0)) + int(x >= f32(4.0)) + int(x >= f32(8.0)) + int(x >= f32(16.0)) + int(x >= f32(32.0)) + int(x >= f32(64.0))
+        for i in range(scene.quad_offset[u64(chunk * LEVELS + level)], scene.quad_offset[u64(chunk * LEVELS + level + 1)]):
+            w.seen[n] = i
+            n += u64(1)
+    for begin in range(u64(0), n, u64(MOST)):
+        count = min(n - begin, u64(MOST))
+        for j in range(count):
+            i = u64(w.seen[begin + j])
+            for k in range(u64(FIELDS)): w.quads[k * u64(MOST) + j] = scene.quads[i, k]
+        fill(w.quads, count, w.cam, view.height, view.width, paint.spec, False, w.set_up, w.spans, w.blocks, w.depth, w.tone)
 
-@njit(**PLAIN)
+@njit(**INLINE)
 def draw_own(position, rotation, view, paint, w):
     "Draw the car at this pose."
     from_car(w.cam, position, rotation, w.own)
     look(w.own, view.height, view.width)
-    fill(paint.car_quads, paint.car_count, w.own, view.height, view.width, paint.spec, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+    fill(paint.car_quads, paint.car_count, w.own, view.height, view.width, paint.spec, True, w.set_up, w.spans, w.blocks, w.depth, w.tone)
 
-@njit(**PLAIN)
+@njit(**INLINE)
 def draw_others(road, t, view, paint, key, seconds, w):
     "Draw the other cars of track `t` that may be in sight."
     count = max(1, int((road.s[road.offset[t + 1] - 1] - road.s[road.offset[t]]) * OTHERS_PER_M))
@@ -676,7 +719,7 @@ def draw_others(road, t, view, paint, key, seconds, w):
         ahead = x * w.cam[9] + y * w.cam[10] + z * w.cam[11]
         if 8.0 < ahead < 150.0: draw_own(w.position, w.rotation, view, paint, w)
 
-@njit(**PLAIN)
+@njit(**INLINE)
 def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, w, out):
     "Fill `out` (H x W,) uint8 with what the camera of the car at this pose on track `t` sees."
     seconds = time_ms * 1e-3
@@ -695,25 +738,25 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, w, o
     for i in range(u64(view.height * view.width)): out[i] = w.tone[i]
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def render_kernel(scene, road, most_chunks, track_index, position, rotation, key, time_ms, view, paint, out):
+def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, out):
     "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees."
     n, height, width = len(out), view.height, view.width
     for block in prange((n + BLOCK - 1) // BLOCK):
-        most = MOST_SPANS + height + 1
-        w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(4 * MOST_COLUMNS, np.float32), np.empty(most_chunks, np.float32),
-                    np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * most, np.float32),
-                    np.empty(N_BLOCK * (most * (width // LANES + 2) + 4), np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
+        most = MOST_SPANS + height + LANES
+        w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(4 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
+                    np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * STRIDE, np.float32),
+                    np.empty(most * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
                     np.empty(3), np.empty((3, 3)))
         for i in range(block * BLOCK, min(n, block * BLOCK + BLOCK)):
             draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, w, out[i])
 
-# %% ../../nbs/world/20_camera.ipynb #578f6f97
+# %% ../../nbs/world/20_camera.ipynb #85df612e
 def check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms):
     "ValueError for arguments that cannot be drawn; the arrays, made contiguous."
     if view not in ("chase", "hood"): raise ValueError(f"no camera view {view!r}; there are chase and hood")
     if distractors not in (0, 1, 2, 3): raise ValueError(f"distractors {distractors!r}: 0, 1, 2 or 3")
     if distractors and time_ms is None: raise ValueError("distractors move: give time_ms")
-    if min(image_size) < 1 or max(image_size) > MOST_COLUMNS - 2 * LANES: raise ValueError(f"image_size {image_size}: 1 … {MOST_COLUMNS - 2 * LANES} pixels each way")
+    if min(image_size) < 1 or max(image_size) > MOST_PIXELS: raise ValueError(f"image_size {image_size}: 1 … {MOST_PIXELS} pixels each way")
     position = np.ascontiguousarray(position, np.float64).reshape(-1, 3)
     rotation = np.ascontiguousarray(rotation, np.float64).reshape(-1, 3, 3)
     n, last = len(position), len(tracks.offset) - 2
@@ -725,17 +768,21 @@ def check(tracks, track_index, position, rotation, image_size, view, out, distra
         raise ValueError(f"out is {out.dtype} {out.shape}, expected contiguous uint8 {(n, *image_size)}")
     return track_index, position, rotation
 
+@lru_cache(None)
+def make_paint(as_classes):
+    "`Paint` for tones or classes."
+    return Paint(make_spec(as_classes), np.array(AIR_CLASSES if as_classes else AIR, np.float32), *car_batch(), as_classes)
+
 def draw(tracks, track_index, position, rotation, image_size, view, out, car, distractors, time_ms, seed, key, as_classes):
     "Check the arguments and run the kernel; see `render`."
     track_index, position, rotation = check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms)
     n, (height, width) = len(position), image_size
     if out is None: out = np.empty((n, height, width), np.uint8)
-    scene, (quads, count) = scene_of(tracks), car_batch()
-    per_car = lambda x, dtype: np.ascontiguousarray(np.broadcast_to(x, n), dtype)
-    render_kernel(scene, RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields]), int(np.diff(scene.chunk_offset).max()), track_index, position, rotation,
+    scene, per_car = scene_of(tracks), lambda x, dtype: np.ascontiguousarray(np.broadcast_to(x, n), dtype)
+    render_kernel(scene, RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields]), track_index, position, rotation,
                   per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
-                  View(int(height), int(width), *(CHASE if view == "chase" else HOOD), bool(car) and view == "chase", int(distractors), int(seed)),
-                  Paint(make_spec(as_classes), np.array(AIR_CLASSES if as_classes else AIR, np.float32), quads, count, as_classes), out.reshape(n, height * width))
+                  View(int(height), int(width), *(CHASE if view == "chase" else HOOD), bool(car) and view == "chase", int(distractors), int(seed)), make_paint(as_classes),
+                  out.reshape(n, height * width))
     return out
 
 def render(tracks, track_index, position, rotation, image_size=(64, 64), view="chase", out=None, car=True, distractors=0, time_ms=None, seed=0, key=None):

@@ -8,10 +8,11 @@ __all__ = ['WORLD_VERSION', 'ZONE', 'BEST_ZONE', 'BEST_S', 'BEST_MS', 'EPISODE',
            'ANYWHERE', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS', 'REWARD_PER_M', 'IDLE_MS', 'IDLE_M', 'KEY_CONTROLS',
            'ACTION_OF_KEYS', 'THREADS_PER_BLOCK', 'uniform', 'mixed', 'LineArrays', 'line_arrays', 'on_ribbon',
            'road_along_line', 'zone_at', 'section_before', 'place_on_line', 'begin', 'pass_gates', 'next_zone',
-           'zone_back_on_road', 'line_distance', 'is_finite', 'put_back', 'decide', 'end_of', 'remember', 'observe_car',
-           'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars', 'observe_cars', 'key_controls',
-           'analog_action', 'analog_actions', 'analog_controls', 'RaceVectorEnv', 'wanted_tracks', 'final_of',
-           'thread_count', 'random_mode', 'cuda_kernels', 'two_of_min_max', 'CudaCars', 'RaceEnv']
+           'zone_back_on_road', 'line_distance', 'is_finite', 'put_back', 'decide', 'distractor_key', 'end_of',
+           'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars',
+           'observe_cars', 'key_controls', 'analog_action', 'analog_actions', 'analog_controls', 'RaceVectorEnv',
+           'wanted_tracks', 'final_of', 'thread_count', 'random_mode', 'cuda_kernels', 'two_of_min_max', 'CudaCars',
+           'RaceEnv']
 
 # %% ../../nbs/world/30_env.ipynb #1677e6f4
 import math, numbers, os
@@ -53,7 +54,7 @@ def mixed(x, part):
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-# %% ../../nbs/world/30_env.ipynb #9220de00
+# %% ../../nbs/world/30_env.ipynb #6624ec0f
 ABOVE_ROAD_M = 4.0  # a point of the line this high above the ribbon is in the air
 
 class LineArrays(NamedTuple):
@@ -141,7 +142,7 @@ def begin(c, T, L, track, seed, car, episode, random_start):
     c[EPISODE] = episode
     place_on_line(c, T, L)
 
-# %% ../../nbs/world/30_env.ipynb #5d1d34a8
+# %% ../../nbs/world/30_env.ipynb #9f76fa75
 PASS_M, BELOW_M = 10.0, -1.5  # m a car can pass in a tick; how far below the road a gate reaches
 
 @njit(**INLINE)
@@ -214,6 +215,8 @@ def decide(c, T, L, P, steer, gas, brake, shaping):
     until = c[FINISH_MS] if c[FINISH_MS] > 0.0 else c[TIME]
     return REWARD_PER_MS * (until - begun) + REWARD_PER_M * (c[PROGRESS] - progress) + potential
 
+def distractor_key(car, episode): return (episode << 32) + car  # what `render` draws its distractors from, beside the seed and the race time
+
 @njit(**INLINE)
 def end_of(c, max_ms):
     "How the episode of this row stands: an index into `ENDS`."
@@ -254,12 +257,11 @@ def step_car(i, rows, T, L, P, controls, picked, actions, max_ms, shaping, rewar
     observe_car(c, T, L, floats[i], extras[i])
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def restart_car(i, rows, T, L, wanted, seed, random_start, floats, extras):
+def restart_car(i, rows, T, L, wanted, seed, random_start):
     "The next episode of car `i`, on track `wanted[i]`, or in turn where that is negative."
     episode = int(rows[i, EPISODE]) + 1
     track = wanted[i] if wanted[i] >= 0 else (i + episode) % len(T.start_s)
     begin(rows[i], T, L, track, seed, i, episode, random_start)
-    observe_car(rows[i], T, L, floats[i], extras[i])
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def step_cars(rows, T, L, P, controls, picked, actions, max_ms, shaping, reward, measured, counted, floats, extras):
@@ -267,14 +269,14 @@ def step_cars(rows, T, L, P, controls, picked, actions, max_ms, shaping, reward,
     for i in prange(len(rows)): step_car(i, rows, T, L, P, controls, picked, actions, max_ms, shaping, reward, measured, counted, floats, extras)
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def restart_cars(cars, rows, T, L, wanted, seed, random_start, floats, extras):
+def restart_cars(cars, rows, T, L, wanted, seed, random_start):
     "`restart_car` for the car numbers `cars`."
-    for j in prange(len(cars)): restart_car(cars[j], rows, T, L, wanted, seed, random_start, floats, extras)
+    for j in prange(len(cars)): restart_car(cars[j], rows, T, L, wanted, seed, random_start)
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def observe_cars(rows, T, L, floats, extras):
-    "`observe_car` for all cars."
-    for i in prange(len(rows)): observe_car(rows[i], T, L, floats[i], extras[i])
+def observe_cars(cars, rows, T, L, floats, extras):
+    "`observe_car` for the car numbers `cars`."
+    for j in prange(len(cars)): observe_car(rows[cars[j]], T, L, floats[cars[j]], extras[cars[j]])
 
 # %% ../../nbs/world/30_env.ipynb #ae31e7ca
 KEY_CONTROLS = np.column_stack([ACTIONS[:, 3].astype(float) - ACTIONS[:, 2], ACTIONS[:, 0], ACTIONS[:, 1]])  # (12, 3) steer, gas, brake
@@ -391,7 +393,8 @@ class RaceVectorEnv(VectorEnv):
     def _restart(self, cars, obs):
         "Start the next episode of the `cars` (k,) and put what they see into `obs`."
         numba.set_num_threads(self.threads)
-        restart_cars(cars, self.rows, self.packed, self.lines, self._wanted, self._seed, self.random_start, obs["floats"], self._extras(obs))
+        restart_cars(cars, self.rows, self.packed, self.lines, self._wanted, self._seed, self.random_start)
+        observe_cars(cars, self.rows, self.packed, self.lines, obs["floats"], self._extras(obs))
         if "image" in obs: obs["image"][cars, 0] = self.frames(cars)
 
     def _info(self, measured, counted):
@@ -403,15 +406,16 @@ class RaceVectorEnv(VectorEnv):
         if self._card: return self._card.observe()
         numba.set_num_threads(self.threads)
         obs = self._new_obs()
-        observe_cars(self.rows, self.packed, self.lines, obs["floats"], self._extras(obs))
+        observe_cars(np.arange(self.num_envs), self.rows, self.packed, self.lines, obs["floats"], self._extras(obs))
         if "image" in obs: self.frames(out=obs["image"][:, 0])
         return obs
 
     def frames(self, cars=None, image_size=None, out=None):
         "Camera images (n, H, W) uint8 of all cars, or of the `cars` (k,); of the env's `image_size` unless given, into `out` if given."
-        rows = self.rows if cars is None else self.rows[cars]
-        more = dict(distractors=self.distractors, time_ms=rows[:, TIME].copy(), seed=self._seed) if self.distractors else {}
-        return render(self.packed, rows[:, TRACK].astype(np.int64), rows[:, POS:POS + 3], rows[:, ROT:ROT + 9], image_size=image_size or self.image_size, view=self.view, out=out, **more)
+        cars = np.arange(self.num_envs) if cars is None else np.asarray(cars)
+        rows = self._host_rows()[cars]
+        return render(self.packed, rows[:, TRACK].astype(np.int64), rows[:, POS:POS + 3], rows[:, ROT:ROT + 9], image_size=image_size or self.image_size, view=self.view, out=out,
+                      distractors=self.distractors, time_ms=rows[:, TIME], seed=self._seed, key=distractor_key(cars, rows[:, EPISODE].astype(np.int64)))
 
     def states(self):
         "`CarState` of all cars; every field is known."
@@ -467,7 +471,7 @@ def random_mode(random_start):
     if random_start not in modes: raise ValueError(f"random_start {random_start!r}: False, True or 'anywhere'")
     return modes[random_start]
 
-# %% ../../nbs/world/30_env.ipynb #05d7ef3b
+# %% ../../nbs/world/30_env.ipynb #9ff9f88b
 @lru_cache(None)
 def cuda_kernels():
     "The kernels (step, restart, observe, check_keys, check_analog) for a graphics card; ValueError when there is none."
@@ -492,7 +496,8 @@ def cuda_kernels():
             if fresh == 0:
                 for k in range(floats.shape[1]): final_floats[i, k] = floats[i, k]
                 for k in range(extras.shape[1]): final_extras[i, k] = extras[i, k]
-            restart_car(i, rows, T, L, wanted, seed, random_start, floats, extras)
+            restart_car(i, rows, T, L, wanted, seed, random_start)
+            observe_car(rows[i], T, L, floats[i], extras[i])
             if fresh > 0: describe_car(i, rows[i], RUNNING, measured, counted)
 
     @cuda.jit
@@ -590,7 +595,7 @@ class CudaCars:
         self.kernels[2](self.rows, self.T, self.L, out["floats"], out["extras"])
         return self.obs(out)
 
-# %% ../../nbs/world/30_env.ipynb #63aad33a
+# %% ../../nbs/world/30_env.ipynb #8b7a2751
 class RaceEnv(gymnasium.Env):
     "One car of `RaceVectorEnv` (its arguments apart from `num_envs`, `device` and `threads`) as a `gymnasium.Env`; `render_mode` None or rgb_array."
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
