@@ -42,7 +42,7 @@ FAMILIES = {
 # tyre's because a good line is wider than the road's centre; with it the laps of the world's expert take about the seconds asked for
 ENGINE_MPS, ENGINE_MPS2 = np.array([0., 27.8, 28.1, 55.6, 55.9, 111, 112, 222, 223]), np.array([16., 16, 11, 11, 7, 7, 5.5, 5.5, 1])
 ENGINE_SHARE, SIDE_GRIP_MPS2, BRAKE_MPS2, GRAVITY_MPS2 = 0.95, 125.0, 20.0, 25.0
-DIRT_GRIP, TURBO_FACTOR, TURBO_S = 0.55, 5.0, 0.25
+DIRT_GRIP, TURBO_FACTOR, TURBO_S = 0.31, 5.0, 0.25
 START_M, AFTER_M, GATE_M, SECONDS = 30, 120, (100, 150), (3, 300)
 
 # %% ../../nbs/tracks/90_generate.ipynb #56488c67
@@ -136,7 +136,7 @@ BRIDGE_APART_M = 200.0
 
 # %% ../../nbs/tracks/90_generate.ipynb #94db1bfc
 JUMP_RADIUS, JUMP_HALF_M, LANDING_HALF_M, DIP_M, RAMP = (20, 22), 10.0, 12.0, 3.0, 0.12
-SLOWEST, FASTEST, ASIDE_M, MOST_DROP_M, LEAST_DROP_M, MOST_MPS = 0.75, 1.3, 2.5, 10.5, 4.0, 90.0
+SLOWEST, FASTEST, ASIDE_M, MOST_DROP_M, LEAST_DROP_M, MOST_MPS = 0.75, 1.3, 2.5, 11.0, 4.0, 90.0
 
 def ease(n):
     "(n,) rising smoothly from 0 to 1."
@@ -165,10 +165,10 @@ def take_off(detour, x):
     return detour.first + int(np.argmax(np.abs(lateral[detour.first:]) > JUMP_HALF_M))
 
 def touch_down(detour, x):
-    "Metres ahead (along z) of the first point of the landing on the line `x`, 1.5 m inside its edge."
+    "Metres ahead (along z) of the first point of the landing on the line `x`, 4 m inside its edge."
     plan, heading = lay(detour.curvature, 0., 0., 0.)
     lateral, z = meets_axis(plan, heading, x)
-    return z[detour.back:][np.abs(lateral[detour.back:]) < LANDING_HALF_M][0] + 1.5
+    return z[detour.back:][np.abs(lateral[detour.back:]) < LANDING_HALF_M][0] + 4.0
 
 # %% ../../nbs/tracks/90_generate.ipynb #29dfc5e5
 def fall_m(gap, mps, slope):
