@@ -11,11 +11,11 @@ __all__ = ['TAN_X', 'TAN_Y', 'CHASE', 'HOOD', 'NEAR_M', 'RANGE_M', 'INLINE', 'PL
            'U', 'V', 'TOP', 'BOTTOM', 'NEAREST', 'PAINTED', 'HALF_AT', 'GROWS', 'INSIDE', 'N_SET', 'PIXEL',
            'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE', 'COLUMNS', 'ROWS', 'MIPS', 'CELL_M',
            'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES', 'CAR_SHAPE', 'FAR', 'MOST_COLUMNS',
-           'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'BLOCK', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS',
-           'RoadArrays', 'View', 'Paint', 'Scratch', 'aim', 'look', 'from_car', 'quad_rows', 'per_metre', 'deviation',
-           'cuts', 'lines_of', 'ribbon_rows', 'upright_rows', 'end_rows', 'gate_rows', 'track_quads', 'build_scene',
-           'scene_of', 'at', 'put', 'dot', 'cross', 'minus', 'corner', 'triple', 'add_bound', 'rows_between', 'upwards',
-           'set_up', 'keep', 'find_spans', 'cut_blocks', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips',
+           'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays',
+           'View', 'Paint', 'Scratch', 'aim', 'look', 'from_car', 'quad_rows', 'per_metre', 'deviation', 'cuts',
+           'lines_of', 'ribbon_rows', 'upright_rows', 'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of',
+           'at', 'put', 'dot', 'cross', 'minus', 'corner', 'triple', 'add_bound', 'rows_between', 'upwards', 'set_up',
+           'keep', 'find_spans', 'cut_blocks', 'texel', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips',
            'make_textures', 'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row',
            'fill_background', 'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at',
            'other_car', 'distances', 'draw_scene', 'draw_own', 'draw_others', 'draw_car', 'render_kernel', 'check',
@@ -27,7 +27,7 @@ from collections import namedtuple
 from functools import lru_cache
 from types import SimpleNamespace
 import numpy as np
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 from ..core.runs import derive_seed
 from ..tracks.geometry import (BEAM, CAR, CHUNK, DIRT, EDGE, EDGE_WIDTH, GATE, GATE_HEIGHT, GRASS, GROUND, ISLAND_HEIGHT, POST, ROAD, SKY, TURBO, VERGE, WALL,
                                    edge_share, unit)
@@ -366,6 +366,11 @@ def cut_blocks(spans, n, blocks):
     return m
 
 @njit(**INLINE)
+def texel(i):
+    "Tone number `i` of all textures. The only place that reads them: a constant array of this size suits processors, a card may need it elsewhere."
+    return TEXTURES[u64(i)]
+
+@njit(**INLINE)
 def of(spans, k, field):
     "Field number `field` of span `k`."
     return spans[k + u64(field * STRIDE)]
@@ -392,7 +397,7 @@ def shade(spans, blocks, n, depth, tone):
             x = min(grass + beside * grass_columns, f32(COLUMNS // 2 - 0.1)) if beside > outer else x
             x = f32(COLUMNS // 2) + math.copysign(x, v)
             along = i32(i32((u0 + ux * c) * metres) & mask)
-            t = TEXTURES[u64(i32(table + i32(i32(along * i32(COLUMNS)) + i32(i32(x) & i32(COLUMNS - 1)))))] * clear + fog
+            t = texel(i32(table + i32(i32(along * i32(COLUMNS)) + i32(i32(x) & i32(COLUMNS - 1))))) * clear + fog
             depth[p + j] = inv if hit else was
             tone[p + j] = np.uint8(i32(t)) if hit else tone[p + j]
 
@@ -402,7 +407,7 @@ def shade_flat(spans, blocks, n, depth, tone):
     for b in range(n):
         k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
         p, start, room, inv0, ix = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip, of(spans, k, 0), of(spans, k, 1)
-        gray = np.uint8(i32(TEXTURES[u64(i32(of(spans, k, 10) + of(spans, k, 4) / inv0) + i32(COLUMNS // 2))]))
+        gray = np.uint8(i32(texel(i32(of(spans, k, 10) + of(spans, k, 4) / inv0) + i32(COLUMNS // 2))))
         for j in range(u64(LANES)):
             inv, was = inv0 + ix * (start + f32(j)), depth[p + j]
             hit = (inv > was) & (f32(j) < room)
@@ -615,8 +620,9 @@ def cloud_row(r, cam, width, drift, columns, depth, tone):
         p, rise = u64(r * width) + c, y0 + cam[22] * f32(c)
         if depth[p] > FAR or rise * columns[c] < max(columns[c + m], f32(0.03)): continue
         x, z = (x0 + cam[21] * f32(c)) / rise + drift, (z0 + cam[23] * f32(c)) / rise
-        thick = wave(f32(0.31) * x + f32(0.07) * z) + wave(f32(0.23) * z - f32(0.11) * x) + f32(0.5) * wave(f32(0.71) * x + f32(0.57) * z) - f32(1.35)
-        white = min(max(thick * f32(3.0), f32(0.0)), f32(1.0)) * min(rise * columns[c] * f32(6.0), f32(1.0))
+        thick = wave(f32(0.53) * x + f32(0.17) * z) + wave(f32(0.41) * z - f32(0.23) * x) + f32(0.6) * wave(f32(1.31) * x + f32(0.97) * z) + f32(0.4) * wave(f32(2.3) * z - f32(1.9) * x)
+        white = min(max(thick * f32(1.1) - f32(1.6), f32(0.0)), f32(1.0))
+        white *= white * (f32(3.0) - f32(2.0) * white) * min(rise * columns[c] * f32(6.0), f32(1.0))
         tone[p] = np.uint8(i32(f32(tone[p]) + white * (f32(246.0) - f32(tone[p]))))
 
 @njit(**PLAIN)
@@ -664,7 +670,6 @@ def other_car(road, t, j, seed, key, seconds, position, rotation):
         rotation[k, 0], rotation[k, 1], rotation[k, 2] = road.left[i, k], road.up[i, k], road.tangent[i, k]
 
 # %% ../../nbs/world/20_camera.ipynb #aa4686fc
-BLOCK = 16  # cars that share one set of scratch arrays
 PIXELS, OTHERS_PER_M = 0.4, 1 / 70
 ROAD_ARRAYS = "offset centre tangent left up s half_width"
 RoadArrays = namedtuple("RoadArrays", ROAD_ARRAYS.split())
@@ -738,16 +743,16 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, w, o
     for i in range(u64(view.height * view.width)): out[i] = w.tone[i]
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, out):
-    "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees."
+def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, block, out):
+    "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees; `block` cars share one set of scratch arrays."
     n, height, width = len(out), view.height, view.width
-    for block in prange((n + BLOCK - 1) // BLOCK):
+    for b in prange((n + block - 1) // block):
         most = MOST_SPANS + height + LANES
         w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(4 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
                     np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * STRIDE, np.float32),
                     np.empty(most * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
                     np.empty(3), np.empty((3, 3)))
-        for i in range(block * BLOCK, min(n, block * BLOCK + BLOCK)):
+        for i in range(b * block, min(n, b * block + block)):
             draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, w, out[i])
 
 # %% ../../nbs/world/20_camera.ipynb #85df612e
@@ -782,7 +787,7 @@ def draw(tracks, track_index, position, rotation, image_size, view, out, car, di
     render_kernel(scene, RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields]), track_index, position, rotation,
                   per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
                   View(int(height), int(width), *(CHASE if view == "chase" else HOOD), bool(car) and view == "chase", int(distractors), int(seed)), make_paint(as_classes),
-                  out.reshape(n, height * width))
+                  min(64, max(4, n // (2 * get_num_threads()))), out.reshape(n, height * width))
     return out
 
 def render(tracks, track_index, position, rotation, image_size=(64, 64), view="chase", out=None, car=True, distractors=0, time_ms=None, seed=0, key=None):
