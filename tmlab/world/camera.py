@@ -11,15 +11,16 @@ __all__ = ['TAN_X', 'TAN_Y', 'CHASE', 'HOOD', 'NEAR_M', 'RANGE_M', 'INLINE', 'PL
            'U', 'V', 'TOP', 'BOTTOM', 'NEAREST', 'PAINTED', 'HALF_AT', 'GROWS', 'INSIDE', 'N_SET', 'PIXEL',
            'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE', 'COLUMNS', 'ROWS', 'MIPS', 'CELL_M',
            'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES', 'CAR_SHAPE', 'FAR', 'MOST_COLUMNS',
-           'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays',
-           'View', 'Paint', 'Scratch', 'aim', 'look', 'from_car', 'quad_rows', 'per_metre', 'deviation', 'cuts',
-           'lines_of', 'ribbon_rows', 'upright_rows', 'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of',
-           'at', 'put', 'dot', 'cross', 'minus', 'corner', 'triple', 'add_bound', 'rows_between', 'upwards', 'set_up',
-           'keep', 'find_spans', 'cut_blocks', 'texel', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips',
-           'make_textures', 'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row',
-           'fill_background', 'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at',
-           'other_car', 'distances', 'draw_scene', 'draw_own', 'draw_others', 'draw_car', 'render_kernel', 'check',
-           'make_paint', 'draw', 'render', 'render_classes']
+           'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'TILTS', 'TILT_STEP', 'Sprites', 'PIXELS',
+           'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View', 'Paint', 'Scratch', 'set_axes', 'aim', 'look',
+           'from_car', 'quad_rows', 'per_metre', 'deviation', 'cuts', 'lines_of', 'ribbon_rows', 'upright_rows',
+           'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at', 'put', 'dot', 'cross', 'minus',
+           'corner', 'triple', 'add_bound', 'rows_between', 'upwards', 'set_up', 'keep', 'find_spans', 'cut_blocks',
+           'texel', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips', 'make_textures', 'make_spec',
+           'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row', 'fill_background', 'chance', 'sway',
+           'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at', 'other_car', 'draw_tilts',
+           'make_sprites', 'tilt_of', 'copy_sprite', 'distances', 'find_quads', 'take_quads', 'take_car', 'draw_all',
+           'draw_car', 'render_kernel', 'check', 'make_paint', 'draw', 'render', 'render_classes']
 
 # %% ../../nbs/world/20_camera.ipynb #a04eaadf
 import math, weakref
@@ -43,6 +44,15 @@ f32, i32, u64 = np.float32, np.int32, np.uint64  # unsigned indices: numba need 
 EYE, RIGHT, UP, AHEAD, COLUMN, ROW, RAY, RAY_X, RAY_Y, N_CAM = 0, 3, 6, 9, 12, 15, 18, 21, 24, 27  # places in a camera's array
 
 @njit(**INLINE)
+def set_axes(p0, p1, p2, u0, u1, u2, f0, f1, f2, back, above, pitch, cam):
+    "Fill eye, right, up, forward of `cam` (27,) for a car at p that drives along f, with u the way up for the camera; f and u are unit and square to each other."
+    cam[0], cam[1], cam[2] = p0 + back * f0 + above * u0, p1 + back * f1 + above * u1, p2 + back * f2 + above * u2
+    cam[3], cam[4], cam[5] = f1 * u2 - f2 * u1, f2 * u0 - f0 * u2, f0 * u1 - f1 * u0  # forward x up: to the right
+    c, s = math.cos(pitch), math.sin(pitch)
+    cam[6], cam[7], cam[8] = c * u0 - s * f0, c * u1 - s * f1, c * u2 - s * f2
+    cam[9], cam[10], cam[11] = c * f0 + s * u0, c * f1 + s * u1, c * f2 + s * u2
+
+@njit(**INLINE)
 def aim(position, rotation, back, above, pitch, cam):
     "Fill eye, right, up, forward (world) of `cam` (27,) for a car at `position` (3,) with `rotation` (3, 3) car → world."
     f0, f1, f2 = rotation[0, 2], rotation[1, 2], rotation[2, 2]
@@ -50,13 +60,8 @@ def aim(position, rotation, back, above, pitch, cam):
     u0, u1, u2 = rotation[0, 1], rotation[1, 1] + level, rotation[2, 1]
     along = u0 * f0 + u1 * f1 + u2 * f2
     u0, u1, u2 = u0 - along * f0, u1 - along * f1, u2 - along * f2
-    size = math.sqrt(u0 * u0 + u1 * u1 + u2 * u2)
-    u0, u1, u2 = u0 / size, u1 / size, u2 / size
-    cam[0], cam[1], cam[2] = position[0] + back * f0 + above * u0, position[1] + back * f1 + above * u1, position[2] + back * f2 + above * u2
-    cam[3], cam[4], cam[5] = f1 * u2 - f2 * u1, f2 * u0 - f0 * u2, f0 * u1 - f1 * u0  # forward x up: to the right
-    c, s = math.cos(pitch), math.sin(pitch)
-    cam[6], cam[7], cam[8] = c * u0 - s * f0, c * u1 - s * f1, c * u2 - s * f2
-    cam[9], cam[10], cam[11] = c * f0 + s * u0, c * f1 + s * u1, c * f2 + s * u2
+    per = 1.0 / math.sqrt(u0 * u0 + u1 * u1 + u2 * u2)
+    set_axes(position[0], position[1], position[2], u0 * per, u1 * per, u2 * per, f0, f1, f2, back, above, pitch, cam)
 
 @njit(**INLINE)
 def look(cam, height, width):
@@ -669,6 +674,57 @@ def other_car(road, t, j, seed, key, seconds, position, rotation):
         position[k] = road.centre[i, k] + f * (road.centre[i + 1, k] - road.centre[i, k]) + lateral * road.left[i, k]
         rotation[k, 0], rotation[k, 1], rotation[k, 2] = road.left[i, k], road.up[i, k], road.tangent[i, k]
 
+# %% ../../nbs/world/20_camera.ipynb #5a630cba
+TILTS, TILT_STEP = 25, 0.02  # sprites on each side of upright; steps of the tilt's sine
+Sprites = namedtuple("Sprites", "depth tone row column")  # (2 TILTS + 1, rows, columns) float32 and uint8, and where their corner belongs in a picture
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def draw_tilts(height, width, spec, car_quads, car_count, back, above, pitch):
+    "(2 TILTS + 1, height, width): 1/depth, 0 where there is nothing, and tones of the car for each tilt of the camera."
+    depths, tones = np.zeros((2 * TILTS + 1, height, width), np.float32), np.zeros((2 * TILTS + 1, height, width), np.uint8)
+    cam, e, spans = np.empty(N_CAM, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * STRIDE, np.float32)
+    blocks = np.empty((MOST_SPANS + height + LANES) * (width // LANES + 2) + 4, np.int32)
+    for k in range(2 * TILTS + 1):
+        depth, tone, sine = np.zeros(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8), TILT_STEP * (k - TILTS)
+        set_axes(0.0, 0.0, 0.0, sine, math.sqrt(1.0 - sine * sine), 0.0, 0.0, 0.0, 1.0, back, above, pitch, cam)
+        look(cam, height, width)
+        fill(car_quads, car_count, cam, height, width, spec, True, e, spans, blocks, depth, tone)
+        for i in range(height * width): depths[k, i // width, i % width], tones[k, i // width, i % width] = depth[i], tone[i]
+    return depths, tones
+
+@lru_cache(8)
+def make_sprites(height, width, as_classes, wanted):
+    "`Sprites` of the chase view, cut to where the car is, in whole blocks; none if not `wanted` or if the picture is too narrow."
+    quads, count = car_batch()
+    if wanted: depth, tone = draw_tilts(height, width, make_spec(as_classes), quads, count, *CHASE)
+    if not wanted or not (depth > 0).any() or width < 2 * LANES: return Sprites(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.uint8), 0, 0)
+    rows, columns = np.flatnonzero((depth > 0).any(axis=(0, 2))), np.flatnonzero((depth > 0).any(axis=(0, 1)))
+    wide = -(-(columns[-1] + 1 - columns[0]) // LANES) * LANES
+    first = max(0, min(columns[0], width - wide))
+    part = slice(None), slice(rows[0], rows[-1] + 1), slice(first, first + wide)
+    if first + wide > width: depth, tone = (np.pad(x, [(0, 0), (0, 0), (0, first + wide - width)]) for x in (depth, tone))
+    return Sprites(np.ascontiguousarray(depth[part]), np.ascontiguousarray(tone[part]), int(rows[0]), int(first))
+
+@njit(**INLINE)
+def tilt_of(cam, rotation, sprites):
+    "Number of the sprite for the camera of a car with this `rotation`, -1 if there is none."
+    sine = cam[3] * rotation[0, 1] + cam[4] * rotation[1, 1] + cam[5] * rotation[2, 1]
+    upright = cam[3] * rotation[0, 0] + cam[4] * rotation[1, 0] + cam[5] * rotation[2, 0] < 0.0
+    k = int(math.floor(sine / TILT_STEP + 0.5)) + TILTS
+    return k if upright and 0 <= k < len(sprites.depth) else -1
+
+@njit(**PIXEL)
+def copy_sprite(car_depth, car_tone, k, row, column, width, depth, tone):
+    "Put sprite `k` into the picture where it is nearer than what is there."
+    for r in range(u64(car_depth.shape[1])):
+        for c in range(u64(0), u64(car_depth.shape[2]), u64(LANES)):
+            p = (u64(row) + r) * u64(width) + u64(column) + c
+            for j in range(u64(LANES)):
+                inv, was = car_depth[u64(k), r, c + j], depth[p + j]
+                hit = inv > was
+                depth[p + j] = inv if hit else was
+                tone[p + j] = car_tone[u64(k), r, c + j] if hit else tone[p + j]
+
 # %% ../../nbs/world/20_camera.ipynb #aa4686fc
 PIXELS, OTHERS_PER_M = 0.4, 1 / 70
 ROAD_ARRAYS = "offset centre tangent left up s half_width"
@@ -688,8 +744,8 @@ def distances(cam, ball, lo, hi, far):
         far[i - u64(lo)] = f32(-1.0) if hidden else max(math.sqrt(x * x + y * y + z * z) - radius, f32(0.0))
 
 @njit(**INLINE)
-def draw_scene(scene, t, view, paint, w):
-    "Draw everything that stands on track `t` into the scratch arrays `w`."
+def find_quads(scene, t, view, w):
+    "List in `w.seen` the quads of all chunks of track `t` that may be in sight, each at its level; their number."
     lo, hi, n = scene.chunk_offset[t], scene.chunk_offset[t + 1], u64(0)
     distances(w.cam, scene.ball, lo, hi, w.far)
     per = f32(PIXELS * 2.0 * TAN_X / TOLERANCE_M) / f32(view.width)
@@ -700,41 +756,56 @@ def draw_scene(scene, t, view, paint, w):
         for i in range(scene.quad_offset[u64(chunk * LEVELS + level)], scene.quad_offset[u64(chunk * LEVELS + level + 1)]):
             w.seen[n] = i
             n += u64(1)
-    for begin in range(u64(0), n, u64(MOST)):
-        count = min(n - begin, u64(MOST))
-        for j in range(count):
-            i = u64(w.seen[begin + j])
-            for k in range(u64(FIELDS)): w.quads[k * u64(MOST) + j] = scene.quads[i, k]
-        fill(w.quads, count, w.cam, view.height, view.width, paint.spec, False, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+    return int(n)
 
 @njit(**INLINE)
-def draw_own(position, rotation, view, paint, w):
-    "Draw the car at this pose."
-    from_car(w.cam, position, rotation, w.own)
-    look(w.own, view.height, view.width)
-    fill(paint.car_quads, paint.car_count, w.own, view.height, view.width, paint.spec, True, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+def take_quads(quads, seen, begin, count, out):
+    "Copy `count` rows of `quads`, those numbered in `seen` from `begin` on, into the batch `out`."
+    for j in range(u64(count)):
+        i = u64(seen[u64(begin) + j])
+        for k in range(u64(FIELDS)): out[k * u64(MOST) + j] = quads[i, k]
 
 @njit(**INLINE)
-def draw_others(road, t, view, paint, key, seconds, w):
-    "Draw the other cars of track `t` that may be in sight."
-    count = max(1, int((road.s[road.offset[t + 1] - 1] - road.s[road.offset[t]]) * OTHERS_PER_M))
-    for j in range(count):
-        other_car(road, t, j, view.seed, key, seconds, w.position, w.rotation)
-        x, y, z = w.position[0] - w.cam[0], w.position[1] - w.cam[1], w.position[2] - w.cam[2]
-        ahead = x * w.cam[9] + y * w.cam[10] + z * w.cam[11]
-        if 8.0 < ahead < 150.0: draw_own(w.position, w.rotation, view, paint, w)
+def take_car(car_quads, out):
+    "Copy the car's quads into the batch `out`."
+    for k in range(u64(FIELDS)):
+        for j in range(u64(LANES)): out[k * u64(MOST) + j] = car_quads[k * u64(MOST) + j]
 
 @njit(**INLINE)
-def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, w, out):
+def draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w):
+    """Draw what stands on track `t`, the other cars, and the car at this pose, batch by batch. One loop with one call of `fill`, because with several the compiler makes as many
+    copies of it, too much for the processor's instruction cache."""
+    seen = find_quads(scene, t, view, w)
+    batches = (seen + MOST - 1) // MOST
+    sprite = tilt_of(w.cam, rotation, sprites)
+    others = max(1, int((road.s[road.offset[t + 1] - 1] - road.s[road.offset[t]]) * OTHERS_PER_M)) if view.distractors > 2 else 0
+    for part in range(batches + others + int(view.car and sprite < 0)):
+        if part < batches:
+            count = min(seen - part * MOST, MOST)
+            take_quads(scene.quads, w.seen, part * MOST, count, w.quads)
+            for k in range(N_CAM): w.own[k] = w.cam[k]
+        else:
+            count = paint.car_count
+            if part < batches + others:
+                other_car(road, t, part - batches, view.seed, key, seconds, w.position, w.rotation)
+                ahead = (w.position[0] - w.cam[0]) * w.cam[9] + (w.position[1] - w.cam[1]) * w.cam[10] + (w.position[2] - w.cam[2]) * w.cam[11]
+                if not 8.0 < ahead < 150.0: continue
+                from_car(w.cam, w.position, w.rotation, w.own)
+            else: from_car(w.cam, position, rotation, w.own)
+            look(w.own, view.height, view.width)
+            take_car(paint.car_quads, w.quads)
+        fill(w.quads, count, w.own, view.height, view.width, paint.spec, part >= batches, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+    if view.car and sprite >= 0: copy_sprite(sprites.depth, sprites.tone, sprite, sprites.row, sprites.column, view.width, w.depth, w.tone)
+
+@njit(**INLINE)
+def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, sprites, w, out):
     "Fill `out` (H x W,) uint8 with what the camera of the car at this pose on track `t` sees."
     seconds = time_ms * 1e-3
     aim(position, rotation, view.back, view.above, view.pitch, w.cam)
     if view.distractors > 1: shake(w.cam, view.seed, key, seconds)
     look(w.cam, view.height, view.width)
     for i in range(u64(view.height * view.width + LANES)): w.depth[i] = FAR
-    draw_scene(scene, t, view, paint, w)
-    if view.distractors > 2: draw_others(road, t, view, paint, key, seconds, w)
-    if view.car: draw_own(position, rotation, view, paint, w)
+    draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w)
     fill_background(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.columns, w.depth, w.tone)
     if not paint.as_classes:
         if view.distractors > 0:
@@ -743,7 +814,7 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, w, o
     for i in range(u64(view.height * view.width)): out[i] = w.tone[i]
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, block, out):
+def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, block, out):
     "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees; `block` cars share one set of scratch arrays."
     n, height, width = len(out), view.height, view.width
     for b in prange((n + block - 1) // block):
@@ -753,7 +824,7 @@ def render_kernel(scene, road, track_index, position, rotation, key, time_ms, vi
                     np.empty(most * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
                     np.empty(3), np.empty((3, 3)))
         for i in range(b * block, min(n, b * block + block)):
-            draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, w, out[i])
+            draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
 
 # %% ../../nbs/world/20_camera.ipynb #85df612e
 def check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms):
@@ -783,10 +854,11 @@ def draw(tracks, track_index, position, rotation, image_size, view, out, car, di
     track_index, position, rotation = check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms)
     n, (height, width) = len(position), image_size
     if out is None: out = np.empty((n, height, width), np.uint8)
+    car = bool(car) and view == "chase"
     scene, per_car = scene_of(tracks), lambda x, dtype: np.ascontiguousarray(np.broadcast_to(x, n), dtype)
     render_kernel(scene, RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields]), track_index, position, rotation,
                   per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
-                  View(int(height), int(width), *(CHASE if view == "chase" else HOOD), bool(car) and view == "chase", int(distractors), int(seed)), make_paint(as_classes),
+                  View(int(height), int(width), *(CHASE if view == "chase" else HOOD), car, int(distractors), int(seed)), make_paint(as_classes), make_sprites(int(height), int(width), as_classes, car and distractors < 2),
                   min(64, max(4, n // (2 * get_num_threads()))), out.reshape(n, height * width))
     return out
 
