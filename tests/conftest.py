@@ -9,8 +9,6 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
-    from tmlab.core.compat import drop_stale_kernels
-    drop_stale_kernels()
     config.addinivalue_line("markers", "browser: opens pages in headless Chromium (skips where there is none)")
     config.addinivalue_line("markers", "real: reads real game files (skips where they are absent; set TMLAB_REAL_DATA)")
 

@@ -50,3 +50,12 @@ def test_named_files_exist(readme, repo):
     paths = set(re.findall(r"(?<![\w./-])((?:nbs|tests|tools|\.ci|data_cards)/[\w./-]*\w)", code_of(readme)))
     missing = [p for p in paths if not (repo / p).exists()]
     assert not missing, f"named in the README, but not there: {missing}"
+
+
+def test_python_blocks_of_the_world_run(readme, capsys):
+    "The README's example of the world runs as it stands and shows what it says."
+    blocks = [b for b in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "RaceVectorEnv(tracks" in b]
+    assert len(blocks) == 1
+    scope = {}
+    exec(blocks[0], scope)
+    assert scope["obs"]["image"].shape == (16, 1, 64, 64) and scope["info"]["progress_m"].min() > 20 and "(16, 184)" in capsys.readouterr().out

@@ -49,7 +49,24 @@ def test_anywhere_is_somewhere():
             i, s, lateral, height = locate_anywhere(T, k, *rng.uniform(-far, far, 3))
             assert T.offset[k] <= i < T.offset[k + 1] - 1 and 0 <= s <= T.s[T.offset[k + 1] - 1] and np.isfinite([lateral, height]).all()
 
-@pytest.mark.parametrize("kind", ["jump", "two-line", "hilly"])
+def test_the_car_makes_the_jumps():
+    "At full gas, without steering, from 77 to 130 % of the assumed speed, in the middle and 2 m aside; at half of it it falls."
+    from tmlab.world.car import CAR, CONTACT, N_CAR, OFF, S, drive_ticks, new_cars, place_car
+    made = [generate_track(seed, "jump", 25) for seed in range(6)]
+    T, gas, landed = pack(made), np.tile([0., 1, 0], (260, 1)), {}
+    for k, t in enumerate(made):
+        for (a, b), mps in zip(t.meta["jumps"], t.meta["jump_mps"]):
+            for share in (.5, .77, 1.0, 1.3):
+                for aside in (-2., 0., 2.):
+                    car, out = new_cars(1)[0], np.zeros((260, N_CAR))
+                    place_car(car, T, k, a - 45, aside, 0.0, np.sqrt((share * mps) ** 2 - 2 * 7 * 45))  # it gains the rest on the way
+                    drive_ticks(car, T, CAR, gas, out)
+                    down = (out[:, S] > (a + b) / 2) & (out[:, CONTACT:CONTACT + 4] > 0).all(1) & (out[:, OFF] == 0)
+                    landed.setdefault(share, []).append(down.any())
+    print({k: f"{sum(v)} of {len(v)}" for k, v in landed.items()})
+    assert all(np.mean(landed[k]) >= .98 for k in (.77, 1.0, 1.3)) and np.mean(landed[.5]) < .1
+
+@pytest.mark.parametrize("kind", ["flat", "technical", "two-line"])
 def test_the_expert_drives_them_in_about_the_time_asked_for(kind):
     from tmlab.world.expert import laps
     seconds, _ = laps([generate_track(seed, kind, 12) for seed in (11, 12, 13)])

@@ -62,9 +62,9 @@ def test_result_and_evaluation(whole):
 
 def test_compare_reads_the_run(whole):
     tables = compare([whole.dir], interval_min=None, step_interval=400, gradient_interval=None)
-    t = tables["Race/eval_race_time_trained_flat-1-5s-v1 by environment steps"]
+    t = tables["Race/eval_race_time_trained_flat-1-5s-v2 by environment steps"]
     assert list(t.r_n) == [2, 4, 4, 6] and load_runs([whole.dir])["r"].attrs["clock"] == "active training time"
-    assert "Training/loss by gradient steps" in tables and "Race/eval_metres_trained_flat-1-5s-v1 by minutes" in tables
+    assert "Training/loss by gradient steps" in tables and "Race/eval_metres_trained_flat-1-5s-v2 by minutes" in tables
 
 def test_other_settings_are_refused(whole):
     with pytest.raises(ValueError, match="seed: 0 -> 1"): train_iqn(TrainConfig(**TINY, output_dir=whole.dir.parent, run_name="r", seed=1))
@@ -73,7 +73,7 @@ def test_starts_from_weights_exactly_or_not_at_all(whole, tmp_path):
     "The first evaluation of a run begun from weights is theirs; weights of another shape, or only one of the two files, are refused before a folder is made."
     kw = TINY | dict(total_decisions=80, init_dir=whole.dir)
     run = train_iqn(TrainConfig(**kw, output_dir=tmp_path, run_name="r"))
-    first = logged(run.dir).query("decisions == 0 and tag == 'Race/eval_metres_trained_flat-1-5s-v1'").value
+    first = logged(run.dir).query("decisions == 0 and tag == 'Race/eval_metres_trained_flat-1-5s-v2'").value
     assert list(first) == [whole.result["metres"]]
     with pytest.raises(ValueError, match="image_size|shape|features|expected"): train_iqn(TrainConfig(**kw | dict(image_size=84), output_dir=tmp_path, run_name="s"))
     (tmp_path / "one").mkdir(); (tmp_path / "one/weights1.torch").write_bytes((whole.dir / "weights1.torch").read_bytes())

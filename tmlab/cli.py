@@ -261,10 +261,8 @@ def usage():
 
 def run_command(name, *argv):
     "Run one command; returns its exit status."
-    from tmlab.core.compat import drop_stale_kernels
     from tmlab.core.config import nearest
     try:
-        drop_stale_kernels()
         if name not in _commands: raise ValueError(f"unknown command '{name}'" + nearest(name, list(_commands)))
         return _commands[name](list(argv)) or 0
     except (ValueError, OSError, FloatingPointError) as e:

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'Family', 'FAMILIES', 'ENGINE_MPS', 'ENGINE_MPS2', 'ENGINE_SHARE', 'SIDE_GRIP_MPS2', 'BRAKE_MPS2',
-           'GRAVITY_MPS2', 'DIRT_GRIP', 'TURBO_FACTOR', 'TURBO_S', 'START_M', 'AFTER_M', 'GATE_M', 'SECONDS', 'METRE',
-           'BRIDGE_APART_M', 'JUMP_RADIUS', 'JUMP_HALF_M', 'LANDING_HALF_M', 'DIP_M', 'RAMP', 'SLOWEST', 'FASTEST',
-           'ASIDE_M', 'MOST_DROP_M', 'LEAST_DROP_M', 'MOST_MPS', 'Detour', 'ISLAND_HALF_M', 'SPLIT_HALF_M', 'NOSE_M',
-           'WIDEN_M', 'FEATURES', 'FEATURE_EVERY_S', 'LOOP_CHANCE', 'DIRT_CHANCE', 'PAD_CHANCE', 'PAD_M', 'CLEAR_M',
-           'HILL_SHARE', 'BRIDGE_SHARE', 'HEADROOM_M', 'PLATEAU_M', 'WALL_M', 'AXIS_M', 'GATE_CLEAR_M', 'stretch',
-           'straight', 'corner', 'draw_corner', 'lay', 'lap_speed', 'lap_seconds', 'clear_of', 'clearance_m',
-           'crossing', 'ease', 'meets_axis', 'draw_detour', 'take_off', 'touch_down', 'fall_m', 'flight_m',
-           'jump_slopes', 'hermite_slope', 'jump_drop', 'jump', 'jump_widths', 'jump_flight', 'two_line', 'draw_piece',
-           'draw_loop', 'draw_plan', 'take_up', 'finish_metre', 'draw_height', 'smooth', 'bump', 'headroom_m',
-           'lift_bridges', 'generate_track', 'runs', 'shape_track', 'draw_walls', 'race_line', 'onto_axis', 'arc',
-           'draw_gates']
+           'GRAVITY_MPS2', 'SHIFT_MPS', 'SHIFT_S', 'DIRT_GRIP', 'TURBO_FACTOR', 'TURBO_S', 'START_M', 'AFTER_M',
+           'GATE_M', 'SECONDS', 'METRE', 'BRIDGE_APART_M', 'JUMP_RADIUS', 'JUMP_HALF_M', 'LANDING_HALF_M', 'DIP_M',
+           'RAMP', 'SLOWEST', 'FASTEST', 'ASIDE_M', 'MOST_DROP_M', 'LEAST_DROP_M', 'MOST_MPS', 'Detour',
+           'ISLAND_HALF_M', 'SPLIT_HALF_M', 'NOSE_M', 'WIDEN_M', 'FEATURES', 'FEATURE_EVERY_S', 'LOOP_CHANCE',
+           'DIRT_CHANCE', 'PAD_CHANCE', 'PAD_M', 'CLEAR_M', 'HILL_SHARE', 'BRIDGE_SHARE', 'HEADROOM_M', 'PLATEAU_M',
+           'WALL_M', 'AXIS_M', 'GATE_CLEAR_M', 'stretch', 'straight', 'corner', 'draw_corner', 'lay', 'lap_speed',
+           'lap_seconds', 'clear_of', 'clearance_m', 'crossing', 'ease', 'meets_axis', 'draw_detour', 'take_off',
+           'touch_down', 'fall_m', 'flight_m', 'jump_slopes', 'hermite_slope', 'jump_drop', 'jump', 'jump_widths',
+           'jump_flight', 'two_line', 'draw_piece', 'draw_loop', 'draw_plan', 'take_up', 'race_to', 'finish_metre',
+           'draw_height', 'smooth', 'bump', 'headroom_m', 'lift_bridges', 'generate_track', 'runs', 'shape_track',
+           'draw_walls', 'race_line', 'onto_axis', 'arc', 'draw_gates']
 
 # %% ../../nbs/tracks/90_generate.ipynb #c9ec4272
 import math
@@ -31,18 +31,19 @@ VERSION = 2
 Family = namedtuple("Family", "radius angle straight straight_chance heading_limit slope bank half_width verge wall_radius grip_share bridge dirt turbo feature widest",
                     defaults=(0, 0, 0, None, 0))
 FAMILIES = {
-    "flat": Family((40, 110), (25, 120), (30, 160), .7, 110, 0.0, 0.0, 8, 6, 0, 1.1),
-    "hilly": Family((40, 120), (25, 110), (30, 140), .65, 100, .12, .10, 8, 6, 55, .87, bridge=.4, dirt=.3),
+    "flat": Family((40, 110), (25, 120), (30, 160), .7, 110, 0.0, 0.0, 8, 6, 0, 1.04),
+    "hilly": Family((40, 120), (25, 110), (30, 140), .65, 100, .12, .10, 8, 6, 55, .84, bridge=.4, dirt=.3),
     "technical": Family((21, 48), (35, 170), (15, 70), .55, 120, .06, .04, 8, 4, 32, .93, bridge=.5, dirt=.3),
     "fast": Family((120, 320), (15, 75), (60, 260), .6, 75, .05, .12, 10, 8, 0, 1.0, turbo=.6),
-    "jump": Family((30, 60), (40, 110), (40, 120), .5, 100, 0.0, 0.0, 8, 5, 0, .93, turbo=.5, feature="jump", widest=14),
-    "two-line": Family((45, 110), (25, 100), (30, 140), .7, 100, 0.0, 0.0, 8, 6, 0, 1.0, feature="two-line", widest=17)}
+    "jump": Family((35, 75), (40, 110), (40, 120), .5, 100, 0.0, 0.0, 8, 5, 0, .7, turbo=.5, feature="jump", widest=14),
+    "two-line": Family((45, 110), (25, 100), (30, 140), .7, 100, 0.0, 0.0, 8, 6, 0, 1.1, feature="two-line", widest=17)}
 
 # what a lap is assumed to be driven with: engine at speed, side grip, brakes, m/s -> m/s2; the car's gravity and its surfaces. The side grip is more than a
 # tyre's because a good line is wider than the road's centre; with it the laps of the world's expert take about the seconds asked for
 ENGINE_MPS, ENGINE_MPS2 = np.array([0., 27.8, 28.1, 55.6, 55.9, 111, 112, 222, 223]), np.array([16., 16, 11, 11, 7, 7, 5.5, 5.5, 1])
-ENGINE_SHARE, SIDE_GRIP_MPS2, BRAKE_MPS2, GRAVITY_MPS2 = 0.95, 125.0, 20.0, 25.0
-DIRT_GRIP, TURBO_FACTOR, TURBO_S = 0.55, 5.0, 0.25
+ENGINE_SHARE, SIDE_GRIP_MPS2, BRAKE_MPS2, GRAVITY_MPS2 = 0.96, 115.0, 20.0, 25.0
+SHIFT_MPS, SHIFT_S = (28.3, 45.0, 65.3, 95.0), 0.22  # speeds at which gears change, and how long they take: no push meanwhile
+DIRT_GRIP, TURBO_FACTOR, TURBO_S = 0.31, 5.0, 0.25
 START_M, AFTER_M, GATE_M, SECONDS = 30, 120, (100, 150), (3, 300)
 
 # %% ../../nbs/tracks/90_generate.ipynb #56488c67
@@ -86,10 +87,12 @@ def lay(curvature, x, z, heading):
 def lap_speed(race, weight, surface, share, engine_mps, engine_mps2):
     "(n,) m/s at each metre of a lap from standstill that uses `share` of the grip."
     v, grip = np.empty(len(race)), np.where(surface == DIRT, DIRT_GRIP, 1.0)
-    speed, turbo = 1.0, 0.0
+    speed, turbo, gear, shift = 1.0, 0.0, 0, 0.0
     for i in range(len(v)):
-        turbo = TURBO_S if surface[i] == TURBO else turbo - weight[i] / speed
-        push = ENGINE_SHARE * np.interp(speed, engine_mps, engine_mps2) * (TURBO_FACTOR if turbo > 0.0 else 1.0)
+        turbo, shift = TURBO_S if surface[i] == TURBO else turbo - weight[i] / speed, shift - weight[i] / speed
+        if gear < len(SHIFT_MPS) and speed > SHIFT_MPS[gear]: gear, shift = gear + 1, SHIFT_S
+        elif gear > 0 and speed < 0.85 * SHIFT_MPS[gear - 1]: gear, shift = gear - 1, SHIFT_S
+        push = ENGINE_SHARE * np.interp(speed, engine_mps, engine_mps2) * (TURBO_FACTOR if turbo > 0.0 else 1.0) if shift <= 0.0 else 0.0
         speed = math.sqrt(speed * speed + 2.0 * push * weight[i])
         if race[i] != 0.0: speed = min(speed, math.sqrt(share * SIDE_GRIP_MPS2 * grip[i] / abs(race[i])))
         v[i] = speed
@@ -120,6 +123,8 @@ def clearance_m(family): return 2 * max(family.widest, family.half_width + famil
 def crossing(plan, heading, first, clearance_m, apart_m, bridges=()):
     "(i, j) metres where the points `first` … of `plan` (n, 2) cross the road before them, if that is all that brings them close to it; else None."
     new, old = np.arange(first, len(plan), 3), np.arange(0, len(plan), 3)
+    beside = (plan[old] < plan[new].min(0) - clearance_m) | (plan[old] > plan[new].max(0) + clearance_m)
+    old = old[~beside.any(axis=1)]
     d = np.linalg.norm(plan[new][:, None] - plan[old][None], axis=2) + np.where(old[None] > new[:, None] - apart_m, np.inf, 0)
     j, i = (int(a[k]) for a, k in zip((new, old), np.unravel_index(d.argmin(), d.shape)))
     around = lambda k: np.arange(max(0, k - 3), min(len(plan), k + 4))
@@ -136,7 +141,7 @@ BRIDGE_APART_M = 200.0
 
 # %% ../../nbs/tracks/90_generate.ipynb #94db1bfc
 JUMP_RADIUS, JUMP_HALF_M, LANDING_HALF_M, DIP_M, RAMP = (20, 22), 10.0, 12.0, 3.0, 0.12
-SLOWEST, FASTEST, ASIDE_M, MOST_DROP_M, LEAST_DROP_M, MOST_MPS = 0.75, 1.3, 2.5, 10.5, 4.0, 90.0
+SLOWEST, FASTEST, ASIDE_M, MOST_DROP_M, LEAST_DROP_M, MOST_MPS = 0.75, 1.3, 2.5, 11.0, 4.0, 90.0
 
 def ease(n):
     "(n,) rising smoothly from 0 to 1."
@@ -165,10 +170,10 @@ def take_off(detour, x):
     return detour.first + int(np.argmax(np.abs(lateral[detour.first:]) > JUMP_HALF_M))
 
 def touch_down(detour, x):
-    "Metres ahead (along z) of the first point of the landing on the line `x`, 1.5 m inside its edge."
+    "Metres ahead (along z) of the first point of the landing on the line `x`, 4 m inside its edge."
     plan, heading = lay(detour.curvature, 0., 0., 0.)
     lateral, z = meets_axis(plan, heading, x)
-    return z[detour.back:][np.abs(lateral[detour.back:]) < LANDING_HALF_M][0] + 1.5
+    return z[detour.back:][np.abs(lateral[detour.back:]) < LANDING_HALF_M][0] + 4.0
 
 # %% ../../nbs/tracks/90_generate.ipynb #29dfc5e5
 def fall_m(gap, mps, slope):
@@ -213,7 +218,7 @@ def jump(rng, family, laid, hurry):
     rng_detour = np.random.default_rng(rng.integers(1 << 62))
     for metres in range(metres, 320, 20):
         approach = straight(family, metres)
-        if pad: approach["surface"][2:14 if hurry else 12] = TURBO
+        if pad: approach["surface"][2:50 if hurry else 12] = TURBO
         v = lap_seconds(np.concatenate([laid[START_M:], approach, straight(family, 30)]), family)[1][-5]
         if v > MOST_MPS: return None
         detour = draw_detour(rng_detour, metres, 1)
@@ -298,11 +303,9 @@ def draw_plan(rng, family, seconds):
     "(pieces (n,) at 1 m steps, metre of the finish, bridges [(i, j), …]): 30 m, the race, 120 m. None when it got stuck."
     has = {k: rng.random() < getattr(family, k) for k in ("bridge", "dirt", "turbo")}
     laid, bound, bridges = [straight(family, START_M + (2 if family.feature and seconds < 9 else rng.uniform(40, 80)))], 0.0, []
-    gap, apart = float(clearance_m(family)), 1.5 * clearance_m(family)
-    for attempt in range(2000):
-        so_far = np.concatenate(laid)
-        t, _ = lap_seconds(so_far[START_M:], family)
-        finish = finish_metre(so_far, t, seconds)
+    gap, apart, stuck, known = float(clearance_m(family)), 1.5 * clearance_m(family), 0, 0
+    for attempt in range(200 + int(8 * seconds)):
+        if len(laid) != known: so_far, known = np.concatenate(laid), len(laid); t, finish = race_to(so_far, family, seconds)
         if finish and len(so_far) > finish + AFTER_M + 5: return so_far[:finish + AFTER_M + 2], finish, [b for b in bridges if b[1] < finish + AFTER_M - gap]
         piece, turn = draw_piece(rng, family, so_far, seconds, t, so_far["curvature"].sum() - bound, has)
         if piece is None: continue
@@ -310,8 +313,8 @@ def draw_plan(rng, family, seconds):
         clear = clear_of(plan, len(so_far), gap, apart)
         over = None if clear or not has["bridge"] else crossing(plan, heading, len(so_far), gap, apart, bridges)
         if over and not (piece["surface"] == TURBO).any(): bridges.append(over)
-        if clear and not turn or over: laid.append(piece); bound += turn + rng.normal(0, .25)
-        elif rng.random() < .3: laid, bound, bridges = take_up(laid, bound, bridges, int(rng.integers(1, 6)))
+        if clear and not turn or over: laid.append(piece); bound += turn + rng.normal(0, .25); stuck = max(0, stuck - 1)
+        elif rng.random() < .3: laid, bound, bridges = take_up(laid, bound, bridges, int(rng.integers(1, 6 + stuck))); stuck += 2
     return None
 
 def take_up(laid, bound, bridges, n):
@@ -321,11 +324,16 @@ def take_up(laid, bound, bridges, n):
     length = sum(map(len, kept))
     return kept, bound - 2 * np.pi * turned, [b for b in bridges if b[1] < length]
 
+def race_to(pieces, family, seconds):
+    "(seconds (n,) after each metre from the start, metre of the finish or None) of a lap on `pieces`."
+    t, _ = lap_seconds(pieces[START_M:], family)
+    return t, finish_metre(pieces, t, seconds)
+
 def finish_metre(pieces, t, seconds):
     "Metre of `pieces` (n,) at which a lap has lasted `seconds`, moved past a jump or an island that it would fall on; None when it does not last that long."
     finish = START_M + int(np.searchsorted(t, seconds))
     busy = np.flatnonzero(pieces["flight"] + pieces["island_left"])
-    while finish < len(pieces) and np.any((busy > finish - CLEAR_M) & (busy < finish + CLEAR_M)): finish += 1
+    while finish < len(pieces) and np.any(np.abs(busy - finish) < CLEAR_M): finish += 1
     return finish if finish < len(pieces) else None
 
 CLEAR_M = 42
