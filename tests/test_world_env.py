@@ -357,7 +357,7 @@ def has_card():
     return cuda.is_available()
 
 
-@pytest.mark.skipif(not has_card(), reason="no CUDA device, or no driver for it, on this machine")
+@pytest.mark.skipif(not has_card(), reason="no GPU: no CUDA device, or no driver for it, on this machine")
 @pytest.mark.parametrize("mode", ["keys", "analog"])
 def test_cars_on_a_card(folders, mode):
     "As on the processor but for the last bits (a card contracts multiplications and additions), and twice the same."

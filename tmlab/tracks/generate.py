@@ -12,9 +12,9 @@ __all__ = ['VERSION', 'Family', 'FAMILIES', 'ENGINE_MPS', 'ENGINE_MPS2', 'ENGINE
            'WALL_M', 'AXIS_M', 'GATE_CLEAR_M', 'stretch', 'straight', 'corner', 'draw_corner', 'lay', 'lap_speed',
            'lap_seconds', 'clear_of', 'clearance_m', 'crossing', 'ease', 'meets_axis', 'draw_detour', 'take_off',
            'touch_down', 'fall_m', 'flight_m', 'jump_slopes', 'hermite_slope', 'jump_drop', 'jump', 'jump_widths',
-           'jump_flight', 'two_line', 'draw_piece', 'draw_loop', 'draw_plan', 'take_up', 'finish_metre', 'draw_height',
-           'smooth', 'bump', 'headroom_m', 'lift_bridges', 'generate_track', 'runs', 'shape_track', 'draw_walls',
-           'race_line', 'onto_axis', 'arc', 'draw_gates']
+           'jump_flight', 'two_line', 'draw_piece', 'draw_loop', 'draw_plan', 'take_up', 'race_to', 'finish_metre',
+           'draw_height', 'smooth', 'bump', 'headroom_m', 'lift_bridges', 'generate_track', 'runs', 'shape_track',
+           'draw_walls', 'race_line', 'onto_axis', 'arc', 'draw_gates']
 
 # %% ../../nbs/tracks/90_generate.ipynb #c9ec4272
 import math
@@ -123,6 +123,8 @@ def clearance_m(family): return 2 * max(family.widest, family.half_width + famil
 def crossing(plan, heading, first, clearance_m, apart_m, bridges=()):
     "(i, j) metres where the points `first` … of `plan` (n, 2) cross the road before them, if that is all that brings them close to it; else None."
     new, old = np.arange(first, len(plan), 3), np.arange(0, len(plan), 3)
+    beside = (plan[old] < plan[new].min(0) - clearance_m) | (plan[old] > plan[new].max(0) + clearance_m)
+    old = old[~beside.any(axis=1)]
     d = np.linalg.norm(plan[new][:, None] - plan[old][None], axis=2) + np.where(old[None] > new[:, None] - apart_m, np.inf, 0)
     j, i = (int(a[k]) for a, k in zip((new, old), np.unravel_index(d.argmin(), d.shape)))
     around = lambda k: np.arange(max(0, k - 3), min(len(plan), k + 4))
@@ -301,11 +303,9 @@ def draw_plan(rng, family, seconds):
     "(pieces (n,) at 1 m steps, metre of the finish, bridges [(i, j), …]): 30 m, the race, 120 m. None when it got stuck."
     has = {k: rng.random() < getattr(family, k) for k in ("bridge", "dirt", "turbo")}
     laid, bound, bridges = [straight(family, START_M + (2 if family.feature and seconds < 9 else rng.uniform(40, 80)))], 0.0, []
-    gap, apart = float(clearance_m(family)), 1.5 * clearance_m(family)
-    for attempt in range(2000):
-        so_far = np.concatenate(laid)
-        t, _ = lap_seconds(so_far[START_M:], family)
-        finish = finish_metre(so_far, t, seconds)
+    gap, apart, stuck, known = float(clearance_m(family)), 1.5 * clearance_m(family), 0, 0
+    for attempt in range(200 + int(8 * seconds)):
+        if len(laid) != known: so_far, known = np.concatenate(laid), len(laid); t, finish = race_to(so_far, family, seconds)
         if finish and len(so_far) > finish + AFTER_M + 5: return so_far[:finish + AFTER_M + 2], finish, [b for b in bridges if b[1] < finish + AFTER_M - gap]
         piece, turn = draw_piece(rng, family, so_far, seconds, t, so_far["curvature"].sum() - bound, has)
         if piece is None: continue
@@ -313,8 +313,8 @@ def draw_plan(rng, family, seconds):
         clear = clear_of(plan, len(so_far), gap, apart)
         over = None if clear or not has["bridge"] else crossing(plan, heading, len(so_far), gap, apart, bridges)
         if over and not (piece["surface"] == TURBO).any(): bridges.append(over)
-        if clear and not turn or over: laid.append(piece); bound += turn + rng.normal(0, .25)
-        elif rng.random() < .3: laid, bound, bridges = take_up(laid, bound, bridges, int(rng.integers(1, 6)))
+        if clear and not turn or over: laid.append(piece); bound += turn + rng.normal(0, .25); stuck = max(0, stuck - 1)
+        elif rng.random() < .3: laid, bound, bridges = take_up(laid, bound, bridges, int(rng.integers(1, 6 + stuck))); stuck += 2
     return None
 
 def take_up(laid, bound, bridges, n):
@@ -324,11 +324,16 @@ def take_up(laid, bound, bridges, n):
     length = sum(map(len, kept))
     return kept, bound - 2 * np.pi * turned, [b for b in bridges if b[1] < length]
 
+def race_to(pieces, family, seconds):
+    "(seconds (n,) after each metre from the start, metre of the finish or None) of a lap on `pieces`."
+    t, _ = lap_seconds(pieces[START_M:], family)
+    return t, finish_metre(pieces, t, seconds)
+
 def finish_metre(pieces, t, seconds):
     "Metre of `pieces` (n,) at which a lap has lasted `seconds`, moved past a jump or an island that it would fall on; None when it does not last that long."
     finish = START_M + int(np.searchsorted(t, seconds))
     busy = np.flatnonzero(pieces["flight"] + pieces["island_left"])
-    while finish < len(pieces) and np.any((busy > finish - CLEAR_M) & (busy < finish + CLEAR_M)): finish += 1
+    while finish < len(pieces) and np.any(np.abs(busy - finish) < CLEAR_M): finish += 1
     return finish if finish < len(pieces) else None
 
 CLEAR_M = 42

@@ -6,20 +6,20 @@
 __all__ = ['TAN_X', 'TAN_Y', 'CHASE', 'HOOD', 'NEAR_M', 'RANGE_M', 'INLINE', 'PLAIN', 'f32', 'i32', 'u64', 'EYE', 'RIGHT', 'UP',
            'AHEAD', 'COLUMN', 'ROW', 'RAY', 'RAY_X', 'RAY_Y', 'N_CAM', 'LEVELS', 'TOLERANCE_M', 'PAINTS',
            'ASPHALT_PAINT', 'DIRT_PAINT', 'TURBO_PAINT', 'GRASS_PAINT', 'UNDERSIDE', 'WALL_PAINT', 'ISLAND_PAINT',
-           'GATE_PAINT', 'FINISH_PAINT', 'CAR_PAINT', 'SHADOW_PAINT', 'GRADIENT_U', 'GRADIENT_V', 'MID_U', 'MID_V',
-           'PAINT', 'HALF', 'GROWTH', 'INNER', 'FIELDS', 'WIDE', 'Scene', 'SCENES', 'MOST', 'LANES', 'BOUNDS', 'INV',
-           'U', 'V', 'TOP', 'BOTTOM', 'NEAREST', 'PAINTED', 'HALF_AT', 'GROWS', 'INSIDE', 'N_SET', 'PIXEL',
-           'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE', 'COLUMNS', 'ROWS', 'MIPS', 'CELL_M',
-           'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES', 'CAR_SHAPE', 'FAR', 'MOST_COLUMNS',
-           'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays',
-           'View', 'Paint', 'Scratch', 'aim', 'look', 'from_car', 'quad_rows', 'per_metre', 'deviation', 'cuts',
-           'lines_of', 'ribbon_rows', 'upright_rows', 'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of',
-           'at', 'put', 'dot', 'cross', 'minus', 'corner', 'triple', 'add_bound', 'rows_between', 'upwards', 'set_up',
-           'keep', 'find_spans', 'cut_blocks', 'texel', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips',
-           'make_textures', 'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row',
-           'fill_background', 'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at',
-           'other_car', 'distances', 'draw_scene', 'draw_own', 'draw_others', 'draw_car', 'render_kernel', 'check',
-           'make_paint', 'draw', 'render', 'render_classes']
+           'GATE_PAINT', 'FINISH_PAINT', 'CAR_PAINT', 'SHADOW_PAINT', 'MID_U', 'HALF', 'GROWTH', 'PAINT', 'FIELDS',
+           'WIDE', 'Scene', 'SCENES', 'MOST', 'LANES', 'BOUNDS', 'INV', 'U', 'V', 'TOP', 'BOTTOM', 'NEAREST', 'PAINTED',
+           'HALF_AT', 'GROWS', 'N_SET', 'PIXEL', 'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE',
+           'COLUMNS', 'ROWS', 'MIPS', 'CELL_M', 'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES',
+           'CAR_SHAPE', 'FAR', 'MOST_COLUMNS', 'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'TILTS', 'TILT_STEP',
+           'Sprites', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View', 'Paint', 'Scratch', 'set_axes',
+           'aim', 'look', 'from_car', 'quad_rows', 'deviation', 'cuts', 'lines_of', 'ribbon_rows', 'upright_rows',
+           'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at', 'put', 'dot', 'cross', 'minus',
+           'plus', 'corner', 'scaled', 'size', 'add_bound', 'rows_between', 'upwards', 'set_up', 'keep', 'find_spans',
+           'cut_blocks', 'texel', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips', 'make_textures',
+           'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row', 'fill_background', 'chance',
+           'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at', 'other_car', 'draw_tilts',
+           'make_sprites', 'tilt_of', 'copy_sprite', 'distances', 'find_quads', 'take_quads', 'take_car', 'draw_all',
+           'draw_car', 'render_kernel', 'check', 'make_paint', 'draw', 'render', 'render_classes']
 
 # %% ../../nbs/world/20_camera.ipynb #a04eaadf
 import math, weakref
@@ -43,6 +43,15 @@ f32, i32, u64 = np.float32, np.int32, np.uint64  # unsigned indices: numba need 
 EYE, RIGHT, UP, AHEAD, COLUMN, ROW, RAY, RAY_X, RAY_Y, N_CAM = 0, 3, 6, 9, 12, 15, 18, 21, 24, 27  # places in a camera's array
 
 @njit(**INLINE)
+def set_axes(p0, p1, p2, u0, u1, u2, f0, f1, f2, back, above, pitch, cam):
+    "Fill eye, right, up, forward of `cam` (27,) for a car at p that drives along f, with u the way up for the camera; f and u are unit and square to each other."
+    cam[0], cam[1], cam[2] = p0 + back * f0 + above * u0, p1 + back * f1 + above * u1, p2 + back * f2 + above * u2
+    cam[3], cam[4], cam[5] = f1 * u2 - f2 * u1, f2 * u0 - f0 * u2, f0 * u1 - f1 * u0  # forward x up: to the right
+    c, s = math.cos(pitch), math.sin(pitch)
+    cam[6], cam[7], cam[8] = c * u0 - s * f0, c * u1 - s * f1, c * u2 - s * f2
+    cam[9], cam[10], cam[11] = c * f0 + s * u0, c * f1 + s * u1, c * f2 + s * u2
+
+@njit(**INLINE)
 def aim(position, rotation, back, above, pitch, cam):
     "Fill eye, right, up, forward (world) of `cam` (27,) for a car at `position` (3,) with `rotation` (3, 3) car → world."
     f0, f1, f2 = rotation[0, 2], rotation[1, 2], rotation[2, 2]
@@ -50,13 +59,8 @@ def aim(position, rotation, back, above, pitch, cam):
     u0, u1, u2 = rotation[0, 1], rotation[1, 1] + level, rotation[2, 1]
     along = u0 * f0 + u1 * f1 + u2 * f2
     u0, u1, u2 = u0 - along * f0, u1 - along * f1, u2 - along * f2
-    size = math.sqrt(u0 * u0 + u1 * u1 + u2 * u2)
-    u0, u1, u2 = u0 / size, u1 / size, u2 / size
-    cam[0], cam[1], cam[2] = position[0] + back * f0 + above * u0, position[1] + back * f1 + above * u1, position[2] + back * f2 + above * u2
-    cam[3], cam[4], cam[5] = f1 * u2 - f2 * u1, f2 * u0 - f0 * u2, f0 * u1 - f1 * u0  # forward x up: to the right
-    c, s = math.cos(pitch), math.sin(pitch)
-    cam[6], cam[7], cam[8] = c * u0 - s * f0, c * u1 - s * f1, c * u2 - s * f2
-    cam[9], cam[10], cam[11] = c * f0 + s * u0, c * f1 + s * u1, c * f2 + s * u2
+    per = 1.0 / math.sqrt(u0 * u0 + u1 * u1 + u2 * u2)
+    set_axes(position[0], position[1], position[2], u0 * per, u1 * per, u2 * per, f0, f1, f2, back, above, pitch, cam)
 
 @njit(**INLINE)
 def look(cam, height, width):
@@ -79,20 +83,17 @@ def from_car(cam, position, rotation, out):
 LEVELS, TOLERANCE_M = 7, 0.05  # the tolerance of a level is twice that of the one before
 PAINTS = 11
 ASPHALT_PAINT, DIRT_PAINT, TURBO_PAINT, GRASS_PAINT, UNDERSIDE, WALL_PAINT, ISLAND_PAINT, GATE_PAINT, FINISH_PAINT, CAR_PAINT, SHADOW_PAINT = range(PAINTS)
-GRADIENT_U, GRADIENT_V, MID_U, MID_V, PAINT, HALF, GROWTH, INNER, FIELDS = 12, 15, 18, 19, 20, 21, 22, 23, 24  # places in a quad's row, after 12 for its corners
+MID_U, HALF, GROWTH, PAINT, FIELDS = 12, 13, 14, 15, 16  # places in a quad's row, after 12 for its corners
 WIDE = 1e6  # m: "half width" of what has no edges
-Scene = namedtuple("Scene", "chunk_offset ball quad_offset quads ground_y most_chunks most_quads")
+Scene = namedtuple("Scene", "chunk_offset ball quad_offset quads ground_y inner most_chunks most_quads")
 
-def quad_rows(corners, gu, gv, u, v, paint, half=WIDE, growth=0.0, inner=1.0):
-    "(n, FIELDS) float32 from corners (n, 4, 3) in order round the quad, gradients (n, 3) of u and v, and u and v at the middle. Road ends at |v| = half + growth u."
+def quad_rows(corners, u, paint, half=WIDE, growth=0.0):
+    """(n, FIELDS) float32 from corners (n, 4, 3): left and right (or top and foot) where it begins, then right and left where it ends; u at the middle.
+    The road's edge is at |v| = half there, `growth` m more per metre of u."""
     out = np.zeros((len(corners), FIELDS), np.float32)
-    out[:, :12], out[:, GRADIENT_U:GRADIENT_V], out[:, GRADIENT_V:MID_U] = corners.reshape(-1, 12), gu, gv
-    for k, x in ((MID_U, u), (MID_V, v), (PAINT, paint), (HALF, half), (GROWTH, growth), (INNER, inner)): out[:, k] = x
+    out[:, :12] = corners.reshape(-1, 12)
+    for k, x in ((MID_U, u), (HALF, half), (GROWTH, growth), (PAINT, paint)): out[:, k] = x
     return out
-
-def per_metre(d, amount):
-    "Gradient (n, 3) of a quantity that grows by `amount` (n,) over the vectors `d` (n, 3)."
-    return d * (amount / np.maximum((d * d).sum(1), 1e-9))[:, None]
 
 def deviation(lines, a, b, step):
     "(n,) m: how far `lines` (N, K, 3) lie from straight between sections `a` and `b` (n,), at most `step` apart, and a quad between the first two from a plane."
@@ -140,22 +141,17 @@ def ribbon_rows(r, a, b):
     "Rows of the road's surface between sections `a` and `b`."
     paint = np.full(256, ASPHALT_PAINT)
     paint[[DIRT, TURBO, GRASS]] = DIRT_PAINT, TURBO_PAINT, GRASS_PAINT
-    across = r.edges[0][a] - r.edges[1][a] + r.edges[0][b] - r.edges[1][b]
-    growth = (r.half_width[b] - r.half_width[a]) / (r.s[b] - r.s[a])
-    return quad_rows(np.stack([r.edges[0][a], r.edges[1][a], r.edges[1][b], r.edges[0][b]], axis=1), per_metre(r.centre[b] - r.centre[a], r.s[b] - r.s[a]),
-                     per_metre(across, 2 * (r.wide[a] + r.wide[b])), (r.s[a] + r.s[b]) / 2, 0.0, paint[r.surface[a]],
-                     r.half_width[a] - growth * r.s[a], growth, 1 - edge_share(r.half_width[0]))
+    half, u = r.half_width, (r.s[a] + r.s[b]) / 2
+    corners = np.stack([r.edges[0][a], r.edges[1][a], r.edges[1][b], r.edges[0][b]], axis=1)
+    return quad_rows(corners, u, paint[r.surface[a]], (half[a] + half[b]) / 2, (half[b] - half[a]) / (r.s[b] - r.s[a]))
 
 def upright_rows(r, low, high, a, b, paint):
     "Rows of what stands along the road between lines `low` and `high` (N, 3), from sections `a` to `b`; v is metres up."
-    corners = np.stack([low[a], low[b], high[b], high[a]], axis=1)
-    v = ((corners.mean(1) - (low[a] + low[b]) / 2) * r.up[a]).sum(1)
-    return quad_rows(corners, per_metre(low[b] - low[a], r.s[b] - r.s[a]), r.up[a], (r.s[a] + r.s[b]) / 2, v, paint)
+    return quad_rows(np.stack([high[a], low[a], low[b], high[b]], axis=1), (r.s[a] + r.s[b]) / 2, paint)
 
 def end_rows(r, i):
     "Rows of the blunt ends of islands at sections `i`."
-    corners = np.stack([r.faces[0][i], r.faces[1][i], r.roofs[1][i], r.roofs[0][i]], axis=1)
-    return quad_rows(corners, r.left[i], r.up[i], 0.0, ISLAND_HEIGHT / 2, ISLAND_PAINT)
+    return quad_rows(np.stack([r.roofs[0][i], r.faces[0][i], r.faces[1][i], r.roofs[1][i]], axis=1), 0.0, ISLAND_PAINT)
 
 def gate_rows(r, gates_s):
     "Rows of the two posts and the beam of gates at metres `gates_s`, the last one the finish, and the segment (n,) of each row."
@@ -165,8 +161,8 @@ def gate_rows(r, gates_s):
     centre, left, up, half = mix(r.centre), unit(mix(r.left)), unit(mix(r.up)), mix(r.half_width)
     paint, rows = np.where(np.arange(len(i)) == len(i) - 1, FINISH_PAINT, GATE_PAINT), []
     for x0, x1, low in ((half + POST[1], half + POST[0], 0.0), (-half - POST[0], -half - POST[1], 0.0), (half + POST[1], -half - POST[1], GATE_HEIGHT - BEAM)):
-        corners = np.stack([centre + x[:, None] * left + y * up for x, y in ((x0, low), (x1, low), (x1, GATE_HEIGHT), (x0, GATE_HEIGHT))], axis=1)
-        rows.append(quad_rows(corners, left, up, (x0 + x1) / 2, (low + GATE_HEIGHT) / 2, paint))
+        corners = np.stack([centre + x[:, None] * left + y * up for x, y in ((x0, GATE_HEIGHT), (x0, low), (x1, low), (x1, GATE_HEIGHT))], axis=1)
+        rows.append(quad_rows(corners, 64 - (x0 + x1) / 2, paint))
     return np.concatenate(rows), np.tile(i, 3)
 
 def track_quads(k, t):
@@ -189,12 +185,13 @@ def track_quads(k, t):
     return rows[np.argsort(key, kind="stable")], np.bincount(key, minlength=LEVELS * int(k.chunk_offset[t + 1] - k.chunk_offset[t]))
 
 def build_scene(k):
-    "`Scene` of packed tracks: quads of all chunks and levels, the chunks' balls (4, C) float32, and the most that one track has."
+    "`Scene` of packed tracks: quads of all chunks and levels, the chunks' balls (4, C) float32, the part of each track's half width inside the painted edge, and the most that one track has."
     parts = [track_quads(k, t) for t in range(len(k.offset) - 1)]
     count, chunks = np.concatenate([p[1] for p in parts]), np.diff(k.chunk_offset)
+    inner = np.array([edge_share(h) for h in k.half_width[k.offset[:-1]]], np.float32)
     finest = np.add.reduceat(count.reshape(-1, LEVELS).max(axis=1), k.chunk_offset[:-1])
     return Scene(k.chunk_offset, np.ascontiguousarray(k.chunk_ball.T, np.float32), np.concatenate([[0], np.cumsum(count)]).astype(np.int64),
-                 np.concatenate([p[0] for p in parts]), k.ground_y, int(chunks.max()), int(finest.max()))
+                 np.concatenate([p[0] for p in parts]), k.ground_y, 1 - inner, int(chunks.max()), int(finest.max()))
 
 SCENES = {}  # by id of a packed track's centre; gone when the array is
 
@@ -206,8 +203,8 @@ def scene_of(tracks):
 
 # %% ../../nbs/world/20_camera.ipynb #bee31651
 MOST, LANES = 64, 16  # quads in a batch; quads, and pixels, that are worked on at once
-BOUNDS, INV, U, V, TOP, BOTTOM, NEAREST, PAINTED, HALF_AT, GROWS, INSIDE = 0, 16, 19, 22, 25, 26, 27, 28, 29, 30, 31  # fields of a quad that was set up
-N_SET = 32
+BOUNDS, INV, U, V, TOP, BOTTOM, NEAREST, PAINTED, HALF_AT, GROWS = 0, 16, 19, 22, 25, 26, 27, 28, 29, 30  # fields of a quad that was set up
+N_SET = 31
 
 @njit(**INLINE)
 def at(e, k, field):
@@ -229,12 +226,18 @@ def cross(a, b): return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[
 def minus(a, b): return a[0] - b[0], a[1] - b[1], a[2] - b[2]
 
 @njit(**INLINE)
+def plus(a, b): return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+
+@njit(**INLINE)
 def corner(q, k, field, eye):
     "Three fields of quad `k` as a vector from the eye."
     return at(q, k, field) - eye[0], at(q, k, field + 1) - eye[1], at(q, k, field + 2) - eye[2]
 
 @njit(**INLINE)
-def triple(q, k, field): return at(q, k, field), at(q, k, field + 1), at(q, k, field + 2)
+def scaled(a, s): return a[0] * s, a[1] * s, a[2] * s
+
+@njit(**INLINE)
+def size(a): return f32(math.sqrt(dot(a, a) + f32(1e-12)))
 
 @njit(**INLINE)
 def add_bound(e, k, field, p, q, sign):
@@ -271,7 +274,7 @@ def set_up(q, n, cam, height, width, e):
         for lane in range(u64(LANES)):
             k = first + lane
             c0, c1, c2, c3 = corner(q, k, 0, eye), corner(q, k, 3, eye), corner(q, k, 6, eye), corner(q, k, 9, eye)
-            middle = quarter * ((c0[0] + c1[0]) + (c2[0] + c3[0])), quarter * ((c0[1] + c1[1]) + (c2[1] + c3[1])), quarter * ((c0[2] + c1[2]) + (c2[2] + c3[2]))
+            middle = scaled(plus(plus(c0, c1), plus(c2, c3)), quarter)
             normal = cross(minus(c2, c0), minus(c3, c1))
             away = dot(normal, middle)  # negative: the camera is on the side that the normal points to
             sign = f32(-1.0) if away < zero else f32(1.0)
@@ -284,11 +287,15 @@ def set_up(q, n, cam, height, width, e):
             per = f32(1.0) / away
             i0, i1, i2 = dot(normal, ray) * per, dot(normal, ray_x) * per, dot(normal, ray_y) * per
             put(e, k, INV, i0, i1, i2)
-            g = triple(q, k, GRADIENT_U)
+            paint, one = at(q, k, PAINT), f32(1.0)
+            to, over = minus(plus(c2, c3), plus(c0, c1)), minus(plus(c0, c3), plus(c1, c2))  # twice the vectors along and across
+            far, wide = size(to), size(over)
+            textured = zero if paint >= f32(CAR_PAINT) else one
+            g = scaled(to, textured / far)
             off = at(q, k, MID_U) - dot(g, middle)
             put(e, k, U, dot(g, ray) + off * i0, dot(g, ray_x) + off * i1, dot(g, ray_y) + off * i2)
-            g = triple(q, k, GRADIENT_V)
-            off = at(q, k, MID_V) - dot(g, middle)
+            g = scaled(over, textured / wide)
+            off = (zero if paint <= f32(UNDERSIDE) else (at(q, k, MID_U) if paint >= f32(CAR_PAINT) else quarter * wide)) - dot(g, middle)
             put(e, k, V, dot(g, ray) + off * i0, dot(g, ray_x) + off * i1, dot(g, ray_y) + off * i2)
             t0, b0 = rows_between(p0, p1)
             t1, b1 = rows_between(p1, p2)
@@ -298,9 +305,8 @@ def set_up(q, n, cam, height, width, e):
             x0, x1, x2, x3 = p0[0] / p0[2], p1[0] / p1[2], p2[0] / p2[2], p3[0] / p3[2]
             beside = (nearest >= near) & ((max(max(x0, x1), max(x2, x3)) < zero) | (min(min(x0, x1), min(x2, x3)) > columns))
             put(e, k, TOP, rows if beside else upwards(max(min(min(t0, t1), min(t2, t3)), zero)), min(max(max(b0, b1), max(b2, b3)), last), nearest)
-            paint = at(q, k, PAINT)
-            put(e, k, PAINTED, f32(UNDERSIDE) if (away > zero) & (paint < f32(UNDERSIDE)) else paint, at(q, k, HALF), at(q, k, GROWTH))
-            e[k + u64(INSIDE * MOST)] = at(q, k, INNER)
+            grows = at(q, k, GROWTH)
+            put(e, k, PAINTED, f32(UNDERSIDE) if (away > zero) & (paint < f32(UNDERSIDE)) else paint, at(q, k, HALF) - grows * at(q, k, MID_U), grows)
 
 # %% ../../nbs/world/20_camera.ipynb #a9cf7087
 PIXEL = dict(cache=True, nogil=True, error_model="numpy", _nrt=False, fastmath={"contract"})  # multiply and add at once; the same for every car
@@ -316,14 +322,14 @@ def keep(spans, n, field, x):
     spans[n + u64(field * STRIDE)] = x
 
 @njit(**PIXEL)
-def find_spans(e, k, spec, width, spans, n):
+def find_spans(e, k, inner, spec, width, spans, n):
     "Add quad `k`'s spans to `spans`, which holds `n`; the new number. Some may be empty. `spec`: see `make_spec`."
     a0, b0, c0, d0, a1, b1, c1, d1 = at(e, k, 0), at(e, k, 1), at(e, k, 2), at(e, k, 3), at(e, k, 4), at(e, k, 5), at(e, k, 6), at(e, k, 7)
     a2, b2, c2, d2, a3, b3, c3, d3 = at(e, k, 8), at(e, k, 9), at(e, k, 10), at(e, k, 11), at(e, k, 12), at(e, k, 13), at(e, k, 14), at(e, k, 15)
     i0, ix, iy, u0, ux, uy, v0, vx, vy = at(e, k, 16), at(e, k, 17), at(e, k, 18), at(e, k, 19), at(e, k, 20), at(e, k, 21), at(e, k, 22), at(e, k, 23), at(e, k, 24)
     o, zero, one, columns = u64(int(at(e, k, PAINTED)) * N_SPEC), f32(0.0), f32(1.0), f32(width)
     per_u, per_v, haze, haze_tone, table, size, rows = spec[o], spec[o + u64(1)], spec[o + u64(2)], spec[o + u64(3)], spec[o + u64(4)], spec[o + u64(5)], spec[o + u64(6)]
-    v0, vx, vy, half, grows, inside = v0 * per_v, vx * per_v, vy * per_v, at(e, k, HALF_AT) * per_v, at(e, k, GROWS) * per_v, at(e, k, INSIDE)
+    v0, vx, vy, half, grows = v0 * per_v, vx * per_v, vy * per_v, at(e, k, HALF_AT) * per_v, at(e, k, GROWS) * per_v
     closest = f32(1.0 / NEAR_M) if at(e, k, NEAREST) < f32(NEAR_M) else f32(1e9)
     per_x, falls = one / (ix if ix != zero else f32(1e-9)), ix < zero
     first, end = int(at(e, k, TOP)), int(at(e, k, BOTTOM)) + 1
@@ -346,7 +352,7 @@ def find_spans(e, k, spec, width, spans, n):
             depth = one / there
             outer, fog, scale = half + grows * along * depth, min(depth * haze, f32(0.45)), per_u * part
             keep(spans, m, 0, inv), keep(spans, m, 1, ix), keep(spans, m, 2, u * scale), keep(spans, m, 3, ux * scale), keep(spans, m, 4, v), keep(spans, m, 5, vx)
-            keep(spans, m, 6, outer * inside), keep(spans, m, 7, outer), keep(spans, m, 8, one - fog), keep(spans, m, 9, fog * haze_tone)
+            keep(spans, m, 6, outer * inner), keep(spans, m, 7, outer), keep(spans, m, 8, one - fog), keep(spans, m, 9, fog * haze_tone)
             keep(spans, m, 10, table + size * (one - part)), keep(spans, m, 11, rows * part - one)
             first_column, end_column = upwards(left), upwards(right)
             keep(spans, m, 12, f * columns + first_column), keep(spans, m, 13, first_column), keep(spans, m, 14, end_column - first_column)
@@ -415,8 +421,8 @@ def shade_flat(spans, blocks, n, depth, tone):
             tone[p + j] = gray if hit else tone[p + j]
 
 @njit(**PLAIN)
-def fill(q, n, cam, height, width, spec, flat, e, spans, blocks, depth, tone):
-    "Draw the first `n` quads in `q`, as `cam` sees them."
+def fill(q, n, cam, height, width, inner, spec, flat, e, spans, blocks, depth, tone):
+    "Draw the first `n` quads in `q`, as `cam` sees them; `inner`: the part of the road's half width that is not edge."
     set_up(q, n, cam, height, width, e)
     m = 0
     for k in range(n + 1):
@@ -424,7 +430,7 @@ def fill(q, n, cam, height, width, spec, flat, e, spans, blocks, depth, tone):
             if flat: shade_flat(spans, blocks, cut_blocks(spans, m, blocks), depth, tone)
             else: shade(spans, blocks, cut_blocks(spans, m, blocks), depth, tone)
             m = 0
-        if k < n and at(e, k, TOP) <= at(e, k, BOTTOM): m = find_spans(e, k, spec, width, spans, m)
+        if k < n and at(e, k, TOP) <= at(e, k, BOTTOM): m = find_spans(e, k, inner, spec, width, spans, m)
 
 # %% ../../nbs/world/20_camera.ipynb #fdf036fb
 def paint_tones():
@@ -492,7 +498,7 @@ def car_batch():
     "(quads of the car as a batch, flat float32; their number)."
     x0, x1, y0, z0, x2, x3, y1, z1, tone = CAR_SHAPE.T
     corners = np.stack([np.stack(c, axis=1) for c in ((x0, y0, z0), (x1, y0, z0), (x3, y1, z1), (x2, y1, z1))], axis=1)
-    rows = quad_rows(corners, 0.0, 0.0, 0.0, tone / 8, np.where(tone < 0, SHADOW_PAINT, CAR_PAINT))
+    rows = quad_rows(corners, tone / 8, np.where(tone < 0, SHADOW_PAINT, CAR_PAINT))
     out = np.zeros((FIELDS, MOST), np.float32)
     out[:, :len(rows)] = rows.T
     return out.ravel(), len(rows)
@@ -669,8 +675,59 @@ def other_car(road, t, j, seed, key, seconds, position, rotation):
         position[k] = road.centre[i, k] + f * (road.centre[i + 1, k] - road.centre[i, k]) + lateral * road.left[i, k]
         rotation[k, 0], rotation[k, 1], rotation[k, 2] = road.left[i, k], road.up[i, k], road.tangent[i, k]
 
+# %% ../../nbs/world/20_camera.ipynb #5a630cba
+TILTS, TILT_STEP = 25, 0.02  # sprites on each side of upright; steps of the tilt's sine
+Sprites = namedtuple("Sprites", "depth tone row column")  # (2 TILTS + 1, rows, columns) float32 and uint8, and where their corner belongs in a picture
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def draw_tilts(height, width, spec, car_quads, car_count, back, above, pitch):
+    "(2 TILTS + 1, height, width): 1/depth, 0 where there is nothing, and tones of the car for each tilt of the camera."
+    depths, tones = np.zeros((2 * TILTS + 1, height, width), np.float32), np.zeros((2 * TILTS + 1, height, width), np.uint8)
+    cam, e, spans = np.empty(N_CAM, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * STRIDE, np.float32)
+    blocks = np.empty((MOST_SPANS + height + LANES) * (width // LANES + 2) + 4, np.int32)
+    for k in range(2 * TILTS + 1):
+        depth, tone, sine = np.zeros(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8), TILT_STEP * (k - TILTS)
+        set_axes(0.0, 0.0, 0.0, sine, math.sqrt(1.0 - sine * sine), 0.0, 0.0, 0.0, 1.0, back, above, pitch, cam)
+        look(cam, height, width)
+        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, True, e, spans, blocks, depth, tone)
+        for i in range(height * width): depths[k, i // width, i % width], tones[k, i // width, i % width] = depth[i], tone[i]
+    return depths, tones
+
+@lru_cache(8)
+def make_sprites(height, width, as_classes, wanted):
+    "`Sprites` of the chase view, cut to where the car is, in whole blocks; none if not `wanted` or if the picture is too narrow."
+    quads, count = car_batch()
+    if wanted: depth, tone = draw_tilts(height, width, make_spec(as_classes), quads, count, *CHASE)
+    if not wanted or not (depth > 0).any() or width < 2 * LANES: return Sprites(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.uint8), 0, 0)
+    rows, columns = np.flatnonzero((depth > 0).any(axis=(0, 2))), np.flatnonzero((depth > 0).any(axis=(0, 1)))
+    wide = -(-(columns[-1] + 1 - columns[0]) // LANES) * LANES
+    first = max(0, min(columns[0], width - wide))
+    part = slice(None), slice(rows[0], rows[-1] + 1), slice(first, first + wide)
+    if first + wide > width: depth, tone = (np.pad(x, [(0, 0), (0, 0), (0, first + wide - width)]) for x in (depth, tone))
+    return Sprites(np.ascontiguousarray(depth[part]), np.ascontiguousarray(tone[part]), int(rows[0]), int(first))
+
+@njit(**INLINE)
+def tilt_of(cam, rotation, sprites):
+    "Number of the sprite for the camera of a car with this `rotation`, -1 if there is none."
+    sine = cam[3] * rotation[0, 1] + cam[4] * rotation[1, 1] + cam[5] * rotation[2, 1]
+    upright = cam[3] * rotation[0, 0] + cam[4] * rotation[1, 0] + cam[5] * rotation[2, 0] < 0.0
+    k = int(math.floor(sine / TILT_STEP + 0.5)) + TILTS
+    return k if upright and 0 <= k < len(sprites.depth) else -1
+
+@njit(**PIXEL)
+def copy_sprite(car_depth, car_tone, k, row, column, width, depth, tone):
+    "Put sprite `k` into the picture where it is nearer than what is there."
+    for r in range(u64(car_depth.shape[1])):
+        for c in range(u64(0), u64(car_depth.shape[2]), u64(LANES)):
+            p = (u64(row) + r) * u64(width) + u64(column) + c
+            for j in range(u64(LANES)):
+                inv, was = car_depth[u64(k), r, c + j], depth[p + j]
+                hit = inv > was
+                depth[p + j] = inv if hit else was
+                tone[p + j] = car_tone[u64(k), r, c + j] if hit else tone[p + j]
+
 # %% ../../nbs/world/20_camera.ipynb #aa4686fc
-PIXELS, OTHERS_PER_M = 0.4, 1 / 70
+PIXELS, OTHERS_PER_M = 0.4, 1 / 45
 ROAD_ARRAYS = "offset centre tangent left up s half_width"
 RoadArrays = namedtuple("RoadArrays", ROAD_ARRAYS.split())
 View = namedtuple("View", "height width back above pitch car distractors seed")
@@ -688,8 +745,8 @@ def distances(cam, ball, lo, hi, far):
         far[i - u64(lo)] = f32(-1.0) if hidden else max(math.sqrt(x * x + y * y + z * z) - radius, f32(0.0))
 
 @njit(**INLINE)
-def draw_scene(scene, t, view, paint, w):
-    "Draw everything that stands on track `t` into the scratch arrays `w`."
+def find_quads(scene, t, view, w):
+    "List in `w.seen` the quads of all chunks of track `t` that may be in sight, each at its level; their number."
     lo, hi, n = scene.chunk_offset[t], scene.chunk_offset[t + 1], u64(0)
     distances(w.cam, scene.ball, lo, hi, w.far)
     per = f32(PIXELS * 2.0 * TAN_X / TOLERANCE_M) / f32(view.width)
@@ -700,41 +757,56 @@ def draw_scene(scene, t, view, paint, w):
         for i in range(scene.quad_offset[u64(chunk * LEVELS + level)], scene.quad_offset[u64(chunk * LEVELS + level + 1)]):
             w.seen[n] = i
             n += u64(1)
-    for begin in range(u64(0), n, u64(MOST)):
-        count = min(n - begin, u64(MOST))
-        for j in range(count):
-            i = u64(w.seen[begin + j])
-            for k in range(u64(FIELDS)): w.quads[k * u64(MOST) + j] = scene.quads[i, k]
-        fill(w.quads, count, w.cam, view.height, view.width, paint.spec, False, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+    return int(n)
 
 @njit(**INLINE)
-def draw_own(position, rotation, view, paint, w):
-    "Draw the car at this pose."
-    from_car(w.cam, position, rotation, w.own)
-    look(w.own, view.height, view.width)
-    fill(paint.car_quads, paint.car_count, w.own, view.height, view.width, paint.spec, True, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+def take_quads(quads, seen, begin, count, out):
+    "Copy `count` rows of `quads`, those numbered in `seen` from `begin` on, into the batch `out`."
+    for j in range(u64(count)):
+        i = u64(seen[u64(begin) + j])
+        for k in range(u64(FIELDS)): out[k * u64(MOST) + j] = quads[i, k]
 
 @njit(**INLINE)
-def draw_others(road, t, view, paint, key, seconds, w):
-    "Draw the other cars of track `t` that may be in sight."
-    count = max(1, int((road.s[road.offset[t + 1] - 1] - road.s[road.offset[t]]) * OTHERS_PER_M))
-    for j in range(count):
-        other_car(road, t, j, view.seed, key, seconds, w.position, w.rotation)
-        x, y, z = w.position[0] - w.cam[0], w.position[1] - w.cam[1], w.position[2] - w.cam[2]
-        ahead = x * w.cam[9] + y * w.cam[10] + z * w.cam[11]
-        if 8.0 < ahead < 150.0: draw_own(w.position, w.rotation, view, paint, w)
+def take_car(car_quads, out):
+    "Copy the car's quads into the batch `out`."
+    for k in range(u64(FIELDS)):
+        for j in range(u64(LANES)): out[k * u64(MOST) + j] = car_quads[k * u64(MOST) + j]
 
 @njit(**INLINE)
-def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, w, out):
+def draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w):
+    """Draw what stands on track `t`, the other cars, and the car at this pose, batch by batch. One loop with one call of `fill`, because with several the compiler makes as many
+    copies of it, too much for the processor's instruction cache."""
+    seen = find_quads(scene, t, view, w)
+    batches = (seen + MOST - 1) // MOST
+    sprite = tilt_of(w.cam, rotation, sprites)
+    others = max(1, int((road.s[road.offset[t + 1] - 1] - road.s[road.offset[t]]) * OTHERS_PER_M)) if view.distractors > 2 else 0
+    for part in range(batches + others + int(view.car and sprite < 0)):
+        if part < batches:
+            count = min(seen - part * MOST, MOST)
+            take_quads(scene.quads, w.seen, part * MOST, count, w.quads)
+            for k in range(N_CAM): w.own[k] = w.cam[k]
+        else:
+            count = paint.car_count
+            if part < batches + others:
+                other_car(road, t, part - batches, view.seed, key, seconds, w.position, w.rotation)
+                ahead = (w.position[0] - w.cam[0]) * w.cam[9] + (w.position[1] - w.cam[1]) * w.cam[10] + (w.position[2] - w.cam[2]) * w.cam[11]
+                if not 8.0 < ahead < 150.0: continue
+                from_car(w.cam, w.position, w.rotation, w.own)
+            else: from_car(w.cam, position, rotation, w.own)
+            look(w.own, view.height, view.width)
+            take_car(paint.car_quads, w.quads)
+        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, part >= batches, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+    if view.car and sprite >= 0: copy_sprite(sprites.depth, sprites.tone, sprite, sprites.row, sprites.column, view.width, w.depth, w.tone)
+
+@njit(**INLINE)
+def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, sprites, w, out):
     "Fill `out` (H x W,) uint8 with what the camera of the car at this pose on track `t` sees."
     seconds = time_ms * 1e-3
     aim(position, rotation, view.back, view.above, view.pitch, w.cam)
     if view.distractors > 1: shake(w.cam, view.seed, key, seconds)
     look(w.cam, view.height, view.width)
     for i in range(u64(view.height * view.width + LANES)): w.depth[i] = FAR
-    draw_scene(scene, t, view, paint, w)
-    if view.distractors > 2: draw_others(road, t, view, paint, key, seconds, w)
-    if view.car: draw_own(position, rotation, view, paint, w)
+    draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w)
     fill_background(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.columns, w.depth, w.tone)
     if not paint.as_classes:
         if view.distractors > 0:
@@ -743,7 +815,7 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, w, o
     for i in range(u64(view.height * view.width)): out[i] = w.tone[i]
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, block, out):
+def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, block, out):
     "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees; `block` cars share one set of scratch arrays."
     n, height, width = len(out), view.height, view.width
     for b in prange((n + block - 1) // block):
@@ -753,7 +825,7 @@ def render_kernel(scene, road, track_index, position, rotation, key, time_ms, vi
                     np.empty(most * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
                     np.empty(3), np.empty((3, 3)))
         for i in range(b * block, min(n, b * block + block)):
-            draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, w, out[i])
+            draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
 
 # %% ../../nbs/world/20_camera.ipynb #85df612e
 def check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms):
@@ -783,10 +855,11 @@ def draw(tracks, track_index, position, rotation, image_size, view, out, car, di
     track_index, position, rotation = check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms)
     n, (height, width) = len(position), image_size
     if out is None: out = np.empty((n, height, width), np.uint8)
+    car = bool(car) and view == "chase"
     scene, per_car = scene_of(tracks), lambda x, dtype: np.ascontiguousarray(np.broadcast_to(x, n), dtype)
     render_kernel(scene, RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields]), track_index, position, rotation,
                   per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
-                  View(int(height), int(width), *(CHASE if view == "chase" else HOOD), bool(car) and view == "chase", int(distractors), int(seed)), make_paint(as_classes),
+                  View(int(height), int(width), *(CHASE if view == "chase" else HOOD), car, int(distractors), int(seed)), make_paint(as_classes), make_sprites(int(height), int(width), as_classes, car and distractors < 2),
                   min(64, max(4, n // (2 * get_num_threads()))), out.reshape(n, height * width))
     return out
 
