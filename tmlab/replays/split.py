@@ -7,7 +7,6 @@ __all__ = ['split_tracks', 'replay_hours', 'in_order', 'take_hours', 'split_repl
 
 # %% ../../nbs/replays/80_split.ipynb #11543f0e
 import heapq, math, random, warnings
-import numpy as np
 from ..core.runs import derive_seed
 
 # %% ../../nbs/replays/80_split.ipynb #bca59582
@@ -20,7 +19,7 @@ def split_tracks(track_ids, val_fraction, seed):
     n_val = max(1, int(len(ids) * val_fraction))
     return sorted(ids[n_val:]), sorted(ids[:n_val])
 
-# %% ../../nbs/replays/80_split.ipynb #253f1463
+# %% ../../nbs/replays/80_split.ipynb #1991eeba
 def replay_hours(replay):
     "Hours that a replay's frames cover, by its recorded interval, or by the manifest's times in an older capture without one."
     interval_ms = replay.metadata.get("capture_interval_ms")
@@ -53,7 +52,7 @@ def take_hours(hours, max_hours, seed):
     if taken == set(hours): warnings.warn(f"max_hours {max_hours:g}: the training tracks have only {total:.2f} hours in all")
     return taken
 
-# %% ../../nbs/replays/80_split.ipynb #14272b40
+# %% ../../nbs/replays/80_split.ipynb #20880b50
 def split_replays(store, val_fraction=0.0, seed=42, max_hours=None):
     "dict(train=[Replay], val=[Replay]), in the order of the store: validation tracks whole, at most `max_hours` of the others. `val` is absent where there is none."
     train, val = (set(x) for x in split_tracks([r.track_id for r in store], val_fraction, seed))
