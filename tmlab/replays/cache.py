@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CACHE_VERSION', 'CACHE_FORMATS', 'META', 'STAT', 'PARTIAL', 'DTYPE', 'SETTLE_S', 'META_KEYS', 'cache_params',
            'cache_splits', 'plan_cache', 'array_shape', 'check_array', 'files_stat', 'sha256', 'rows_of', 'fill_replay',
-           'open_partial', 'room_for', 'read_journal', 'fill', 'read_cache_meta', 'file_sha256', 'check_cache',
-           'why_stale', 'changed_since', 'CacheInfo', 'build_cache', 'only_builder', 'complete_partial', 'to_disk',
-           'window_rows', 'cache_meta', 'roll_forward', 'CacheSplit', 'Cache', 'open_cache']
+           'open_partial', 'room_for', 'read_journal', 'fill', 'read_cache_meta', 'file_sha256', 'content_hash',
+           'check_cache', 'why_stale', 'changed_since', 'CacheInfo', 'build_cache', 'only_builder', 'complete_partial',
+           'to_disk', 'window_rows', 'cache_meta', 'roll_forward', 'CacheSplit', 'Cache', 'open_cache']
 
 # %% ../../nbs/replays/90_cache.ipynb #8eaff521
 import fcntl, hashlib, json, os, shutil, sys, threading, time, warnings
@@ -181,6 +181,13 @@ def read_cache_meta(dir):
 def file_sha256(path):
     "SHA-256 (hex) of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def content_hash(replays, workers=None):
+    "The `content_hash` (hex) that a cache of these replays has."
+    replays = list(replays)
+    with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+        hashes = list(progress(pool.map(lambda r: r.frames_sha256(), replays), total=len(replays), desc="fingerprint", unit="replay", delay=1))
+    return combine_hashes([(r.track_id, r.name, h) for r, h in zip(replays, hashes)])
 
 def check_cache(dir):
     "Problems of a cache, down to every byte of its arrays; an empty list when it is sound. It says nothing about the source."
@@ -360,7 +367,7 @@ class CacheSplit:
         rows = indices % n if self.windows is None else (self.windows[indices][:, None] + np.arange(1 - self.n_stack, 1)).ravel()
         if out is None: out = np.empty((len(indices), self.n_stack, 1, *self.image_size), self.array.dtype)
         assert out.flags.c_contiguous and out.dtype == self.array.dtype and len(out) == len(indices)
-        np.take(self._flat, rows, axis=0, out=out.reshape(len(rows), -1), mode="clip")  # any other mode copies twice
+        np.take(self._flat, rows, axis=0, out=out.reshape(len(rows), self._flat.shape[1]), mode="clip")  # any other mode copies twice
         return out
 
     def batch(self, indices, out=None):

@@ -19,7 +19,7 @@ def split_tracks(track_ids, val_fraction, seed):
     n_val = max(1, int(len(ids) * val_fraction))
     return sorted(ids[n_val:]), sorted(ids[:n_val])
 
-# %% ../../nbs/replays/80_split.ipynb #1991eeba
+# %% ../../nbs/replays/80_split.ipynb #c018dc0c
 def replay_hours(replay):
     "Hours that a replay's frames cover, by its recorded interval, or by the manifest's times in an older capture without one."
     interval_ms = replay.metadata.get("capture_interval_ms")
@@ -45,14 +45,14 @@ def take_hours(hours, max_hours, seed):
     if not (math.isfinite(max_hours) and max_hours > 0): raise ValueError(f"max_hours {max_hours}: expected a number above 0")
     taken, total = set(), 0.0
     for key in in_order(hours, seed):
-        if total + hours[key] > max_hours: break
+        if total + hours[key] > max_hours * (1 + 1e-9): break  # a sum of hours is not exact
         taken.add(key)
         total += hours[key]
     if not taken: raise ValueError(f"max_hours {max_hours:g}: the first replay alone, {'/'.join(key)}, has {hours[key]:.4f} hours; ask for more")
     if taken == set(hours): warnings.warn(f"max_hours {max_hours:g}: the training tracks have only {total:.2f} hours in all")
     return taken
 
-# %% ../../nbs/replays/80_split.ipynb #20880b50
+# %% ../../nbs/replays/80_split.ipynb #23ac51d0
 def split_replays(store, val_fraction=0.0, seed=42, max_hours=None):
     "dict(train=[Replay], val=[Replay]), in the order of the store: validation tracks whole, at most `max_hours` of the others. `val` is absent where there is none."
     train, val = (set(x) for x in split_tracks([r.track_id for r in store], val_fraction, seed))
