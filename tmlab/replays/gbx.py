@@ -30,7 +30,7 @@ class GbxError(ValueError): "A file that cannot be read as a TrackMania Forever 
 class UnknownChunk(GbxError): "A piece of a file whose layout, and so whose length, is not known."
 
 MAX_BYTES = 32 << 20  # of one file, decompressed; the longest known replay, 93 minutes, needs 7 MiB
-MAX_STEPS = 1 << 18   # list items, chunks and strings of one file; the largest known map, 6,824 blocks, needs 16,000
+MAX_STEPS = 1 << 18   # list items, chunks and strings of one file; that replay needs 34,000
 COLLECTIONS = {0: "Speed", 1: "Alpine", 2: "Rally", 3: "Island", 4: "Bay", 5: "Coast", 6: "Stadium", 26: "Stadium"}
 
 # %% ../../nbs/replays/20_gbx.ipynb #d2bc8fc5
@@ -240,6 +240,7 @@ def read_inputs(cur, depth):
     cur.take(4)
     names = [cur.lookback() for _ in range(cur.count(4))]
     n = cur.count(9, 0)
+    cur.spend(n // 4)
     cur.take(4)
     events = np.frombuffer(cur.take(9 * n), EVENT)
     cur.string(); cur.take(12); cur.string(); cur.take(4)
