@@ -502,7 +502,9 @@ def read_sample_block(data):
     sizes = {size} if size != 0xFFFFFFFF else set(cur.unpack(f"{cur.left // 4}I")[:n - 1])
     if version != 9 or sizes - {SAMPLE.itemsize} or n * SAMPLE.itemsize != len(raw) or not fixed_step:
         raise GbxError(f"samples of version {version}, {n} in {len(raw)} bytes, fixed step {fixed_step}; Forever writes version 9, 61 bytes each")
-    return decode_samples(np.frombuffer(raw, SAMPLE), start + period_ms * np.arange(n))
+    samples = np.frombuffer(raw, SAMPLE)
+    if not np.isfinite(samples["position"]).all(): raise GbxError("damaged samples: a position that is not a number")
+    return decode_samples(samples, start + period_ms * np.arange(n))
 
 # %% ../../nbs/replays/20_gbx.ipynb #e7dc3d15
 @dataclass
