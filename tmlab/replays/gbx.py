@@ -322,7 +322,7 @@ def read_body(cur):
     if size > cur.budget[0]: raise GbxError(f"a body of {size} bytes is announced; more than {MAX_BYTES >> 20} MiB in a file are not read")
     if len(packed) * 255 > cur.budget[0] and lzo_size(packed) != size: raise GbxError("damaged: the body does not have the size announced")
     try: out = lzallright.LZOCompressor.decompress(packed, size)
-    except (lzallright.LZOError, lzallright.InputNotConsumed) as e: raise GbxError(f"damaged body: {e}") from None
+    except (lzallright.LZOError, lzallright.InputNotConsumed) as e: raise GbxError(f"damaged body: {e.args[0]}") from None  # the rest is all the data
     if len(out) != size: raise GbxError(f"damaged: a body of {size} bytes is announced, {len(out)} found")
     cur.budget[0] -= size
     return out
