@@ -151,3 +151,17 @@ def test_what_a_replay_or_a_script_cannot_say():
     with pytest.raises(ValueError, match="cannot say AccelerateReal"): inputs_script(pd.DataFrame(dict(time_ms=[10], name=["AccelerateReal"], value=[1])))
     with pytest.raises(ValueError, match="no inputs"): inputs_script(None)
     with pytest.raises(ValueError, match="unknown dialect 'xml'.*'seconds lines'"): script_text(read_script("0 press up\n"), "xml")
+
+@real
+def test_damaged_scripts():
+    "Whatever is wrong with a script, the answer is a script or a ValueError that names the line."
+    rng, refused = np.random.default_rng(5), 0
+    texts = [(DATA / n).read_text()[:3000] for n in SCRIPTS]
+    for _ in range(2000):
+        text = list(texts[rng.integers(len(texts))])
+        for at in rng.integers(0, len(text), rng.integers(1, 6)): text[at] = rng.choice(list("0159-.:;#\n\t\0 presultfé{") + [""])
+        try: script_ticks(read_script("\n" + "".join(text)), 1000)
+        except ValueError as e:
+            refused += 1
+            assert re.match(r"script, line \d+: ", str(e)) and len(str(e)) < 400
+    assert 500 < refused < 2000

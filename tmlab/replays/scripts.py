@@ -29,7 +29,7 @@ def script_time(text):
 
 # %% ../../nbs/replays/30_scripts.ipynb #3db792dc
 CONTROLS = ("up", "down", "left", "right", "steer", "gas", "enter", "delete", "horn")
-LINE = re.compile(r"(?:(?P<start>[\d:.]+)(?:-(?P<end>[\d:.]+))?\s+)?(?:(?P<verb>press|rel)\s+(?P<key>\w+)|(?P<axis>steer|gas)\s+(?P<value>-?\d+))")
+LINE = re.compile(r"(?:(?P<start>[\d:.]+)(?:-(?P<end>[\d:.]+))?\s+)?(?:(?P<verb>press|rel)\s+(?P<key>\w+)|(?P<axis>steer|gas)\s+(?P<value>-?\d{1,12}))")
 CONSOLE = re.compile(r"(?:[\d:.]+\s+)?(?:set|speed|bind|unbind|sleep|toggle_\w+|draw_\w+)\b")
 
 @dataclass
@@ -45,7 +45,7 @@ class Script:
 def read_script(source):
     "A `Script` from a file (a Path, or a str without line breaks) or from text; ValueError naming the line that is not understood."
     name, text = "script", source
-    if isinstance(source, Path) or "\n" not in source and Path(source).suffix:
+    if isinstance(source, Path) or "\n" not in source and Path(source).suffix and not LINE.match(source):
         name = str(source)
         try: text = Path(source).read_bytes().decode("utf-8-sig")
         except OSError as e: raise ValueError(f"{source}: {e.strerror}") from None
