@@ -9,7 +9,7 @@ __all__ = ['FLOAT_SLICES', 'N_FLOATS', 'PIXEL_FLOATS', 'MARGIN_M', 'ZONES_APART'
            'pack_rows', 'row_fields', 'zone_metres', 'squared_distance', 'advance_zone', 'along_axis', 'metres_in_zone',
            'follow_zones', 'follow_line', 'road_points', 'road_column', 'to_car_frame', 'road_row', 'float_row',
            'fill_rows', 'known_floats', 'float_vectors', 'set_back', 'position_in', 'in_set_back', 'interpolate_states',
-           'axis_velocity', 'sample_states', 'walk_line', 'previous_actions', 'recorded_floats']
+           'axis_velocity', 'sample_states', 'walk_line', 'previous_actions', 'recorded_floats', 'capture_floats']
 
 # %% ../../nbs/replays/60_floats.ipynb #3da66eae
 import numpy as np
@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from ..core.state import SHAPES, CarState, make_state
 from .actions import ACTIONS, DECISION_TICKS, FORWARD, hard_labels
 from .gbx import ghost_keys, ghost_states
+from .manifest import meta_states
 from ..tracks.line import ReferenceLine
 
 # %% ../../nbs/replays/60_floats.ipynb #9ee35eaa
@@ -311,3 +312,19 @@ def recorded_floats(source, line, at_ms=None, previous=None):
     floats, known = float_vectors(state, points, zones, zone_metres(points)[len(points) - LINE_AFTER] - metres, previous)
     mask = known & ~(inside[:, None] & (np.arange(N_FLOATS) > 20))
     return np.where(mask, floats, FLOAT_MEAN), mask
+
+# %% ../../nbs/replays/60_floats.ipynb #4569b100
+def capture_floats(man):
+    "(floats (n, 184) float32, mask (n, 184) bool, times (n,) ms) of each sample of a `Manifest`'s `meta`, actions from its 10 ms timeline; ValueError without `meta`."
+    if not man.meta: raise ValueError(f"{man.folder / 'manifest.json'}: no `meta`, so no floats; where the Replay.Gbx is at hand use recorded_floats")
+    state = meta_states(man.meta)
+    at, timeline = state.time_ms, man.actions if man.actions and man.metadata.get("step_ms", 10) == 10 else None
+    begins = at[:, None] - DECISION_MS * np.arange(5, 0, -1)
+    previous = None
+    if timeline is not None and len(timeline) > max(begins.max() // 10, 0):
+        ticks = np.clip(begins[..., None] // 10 + np.arange(DECISION_TICKS), 0, len(timeline) - 1)
+        previous = np.where(begins < 0, FORWARD, hard_labels(ACTIONS[np.asarray(timeline)[ticks.ravel()]]).reshape(begins.shape))
+    floats, known = float_vectors(state, previous_actions=previous)
+    for k, part in dict(gear_and_wheels=slice(21, 53), zone_centers_in_car_frame=slice(62, 182), margin=slice(182, 183), is_freewheeling=slice(183, 184)).items():
+        if k in man.meta[0]: floats[:, part], known[part] = np.array([m[k] for m in man.meta]).reshape(len(at), -1), True
+    return floats, np.tile(known, (len(at), 1)), at

@@ -486,7 +486,7 @@ def relabelled(folder, ghost):
     truth = nearest_action(ghost_keys(ghost, np.arange(0, last + 1, 10)))
     if stored is not None and not (clock_left_in(stored, 10 * np.arange(len(stored))) and len(stored) < CLOCK_SHIFT_MS // 10):
         lag, share = measured_lag(stored, truth)
-        if share < 0.9: raise ValueError(f"{folder}: the stored labels agree with this ghost's inputs on {share:.0%} of the ticks at best; is it the replay of this capture?")
+        if share < 0.98: raise ValueError(f"{folder}: the stored labels agree with this ghost's inputs on {share:.0%} of the ticks at best; is it the replay of this capture?")
         line += f"; the stored ones were {lag * 10} ms late (at that shift {share:.1%} of the ticks agree)"
     new, idx = actions_at(truth, man.time_ms), stored_actions(raw.entries)
     table = man.entries.assign(action_idx=pd.array(new, "Int64"))
