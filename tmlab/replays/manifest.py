@@ -8,12 +8,12 @@ __all__ = ['META_SHAPES', 'FORMAT_VERSION', 'FRAME_SOURCES', 'PIECE', 'FRAME_NAM
            'decode_jpeg', 'frames_sha256', 'hash_frame', 'frame_name', 'states_to_json', 'states_from_json',
            'meta_entries', 'meta_states', 'write_replay', 'write_list', 'pieces', 'write_frames', 'write_bytes',
            'entry_columns', 'entry_rows', 'full_metadata', 'entry_problems', 'row_problems', 'Manifest',
-           'load_manifest', 'read_object', 'read_metadata', 'manifest_problems', 'sample_problems', 'read_manifest',
-           'entry_table', 'is_rulka', 'stored_actions', 'stored_timeline', 'clock_left_in', 'with_actions',
-           'actions_at', 'correct_labels', 'measured_lag', 'relabelled', 'length', 'angle_deg', 'wrong_frames',
-           'frame_text', 'correct_meta', 'correct_capture', 'names_in', 'check_replay', 'metadata_problems',
-           'state_problems', 'action_problems', 'time_problems', 'frame_problems', 'replay_folders', 'check_root',
-           'notes_of']
+           'load_manifest', 'read_object', 'read_metadata', 'manifest_problems', 'numbers', 'meta_problems',
+           'read_manifest', 'entry_table', 'is_rulka', 'stored_actions', 'stored_timeline', 'clock_left_in',
+           'with_actions', 'actions_at', 'correct_labels', 'measured_lag', 'relabelled', 'length', 'angle_deg',
+           'wrong_frames', 'frame_text', 'correct_meta', 'correct_capture', 'names_in', 'check_replay',
+           'metadata_problems', 'state_problems', 'action_problems', 'time_problems', 'frame_problems',
+           'replay_folders', 'check_root', 'notes_of']
 
 # %% ../../nbs/replays/40_manifest.ipynb #abac29e9
 import hashlib, json, os, re
@@ -362,30 +362,35 @@ def manifest_problems(folder, rows, data):
         out.append("actions: expected a list of indices 0…11")
     if meta is not None and not (isinstance(meta, list) and all(isinstance(m, dict) for m in meta)):
         out.append("meta: expected a list of objects")
-    last = None
-    for i, m in enumerate(meta if isinstance(meta, list) and not out else ()):
-        out += [f"meta {i}: {p}" for p in sample_problems(m, set(meta[0]), last)]
-        last = m.get("time_ms", m.get("race_time"))
-    return out
+    return out + (meta_problems(meta) if meta and not out else [])
 
 META_NUMBERS = ("time_ms", "race_time", "is_freewheeling", "margin", "current_zone_idx")
 
-def sample_problems(m, fields, last_ms):
-    "What is wrong with one sample of `meta`, whose predecessor was at `last_ms`; `fields` are those of the first one."
-    if set(m) != fields: return ["fields differ from meta 0"]
-    values = {k: np.asarray(m[k], object) for k in (*META_SHAPES, *META_NUMBERS) if k in m}
-    out = [f"{k} has shape {v.shape}, expected {META_SHAPES.get(k, ())}" for k, v in values.items() if v.shape != META_SHAPES.get(k, ())]
-    finite = lambda v: all(isinstance(x, (int, float)) and abs(x) < np.inf for x in v.ravel())
-    out += [f"{k} is not finite" for k, v in values.items() if not finite(v)]
-    if "time_ms" not in m and "race_time" not in m: return out + ["no time_ms"]
-    if not out and last_ms is not None and m.get("time_ms", m.get("race_time")) <= last_ms: out.append(f"time_ms {m.get('time_ms', m.get('race_time'))} does not come after {last_ms}")
-    return out
+def numbers(value):
+    "`value` as an array of floats, None as NaN; an empty array when it does not make one."
+    try: return np.array(value, float)
+    except (TypeError, ValueError): return np.zeros(0)
+
+def meta_problems(meta):
+    "What is wrong with the samples of `meta`: fields, shapes, values that are not finite, times that do not increase."
+    out = [f"meta {i}: fields differ from meta 0" for i, m in enumerate(meta) if m.keys() != meta[0].keys()]
+    if out: return out
+    if not {"time_ms", "race_time"} & set(meta[0]): return ["meta: no time_ms"]
+    for k, shape in {**META_SHAPES, **dict.fromkeys(META_NUMBERS, ())}.items():
+        column = [m[k] for m in meta if k in m]
+        values = numbers(column)
+        if column and values.shape != (len(meta), *shape):
+            out += [f"meta {i}: {k} has shape {numbers(v).shape}, expected {shape}" for i, v in enumerate(column) if numbers(v).shape != shape]
+        elif column: out += [f"meta {i}: {k} is not finite" for i in np.flatnonzero(~np.isfinite(values).reshape(len(meta), -1).all(1))]
+    time = [m.get("time_ms", m.get("race_time")) for m in meta]
+    return out or [f"meta {i}: time_ms {b} does not come after {a}" for i, (a, b) in enumerate(zip(time, time[1:]), 1) if b <= a]
 
 # %% ../../nbs/replays/40_manifest.ipynb #65bbd291
 def read_manifest(folder, correct=None):
     """`Manifest` of a replay folder in any known form; one ValueError naming the file and the cause when fields are wrong or missing.
 
-    `correct`: what is known to be wrong with rulka's captures is put right and stated in `.notes`; True and False decide whether it is for folders whose origin is not recorded."""
+    `correct`: what is known to be wrong with rulka's captures is put right and stated in `.notes`. None: in captures that are recognised as rulka's; True: in every folder
+    without our version; False: nowhere."""
     folder = Path(folder)
     rows, data = load_manifest(folder)
     problems = manifest_problems(folder, rows, data)
