@@ -146,6 +146,7 @@ DAMAGE = {
     "infinity in meta": (meta(3, margin=float("inf")), "meta 3: margin is not finite"),
     "null in meta": (meta(3, velocity=[1, None, 2]), "meta 3: velocity is not finite"),
     "meta of the wrong shape": (meta(3, velocity=[1, 2]), "meta 3: velocity has shape (2,), expected (3,)"),
+    "meta without times": (edit(lambda d: [[m.pop(k) for k in ("time_ms", "race_time")] for m in d["meta"]] and None), "meta: no time_ms"),
     "meta lacks a field": (edit(lambda d: d["meta"][3].pop("margin") and None), "meta 3: fields differ from meta 0"),
     "times of meta go back": (meta(3, time_ms=100), "meta 3: time_ms 100 does not come after 100"),
     "orientation is no rotation": (rotations(lambda R: 1.5 * R), "meta rotation is no rotation in 20 of 20, first in meta 0"),

@@ -375,13 +375,13 @@ def meta_problems(meta):
     "What is wrong with the samples of `meta`: fields, shapes, values that are not finite, times that do not increase."
     out = [f"meta {i}: fields differ from meta 0" for i, m in enumerate(meta) if m.keys() != meta[0].keys()]
     if out: return out
-    if not {"time_ms", "race_time"} & set(meta[0]): return ["meta: no time_ms"]
     for k, shape in {**META_SHAPES, **dict.fromkeys(META_NUMBERS, ())}.items():
         column = [m[k] for m in meta if k in m]
         values = numbers(column)
         if column and values.shape != (len(meta), *shape):
             out += [f"meta {i}: {k} has shape {numbers(v).shape}, expected {shape}" for i, v in enumerate(column) if numbers(v).shape != shape]
         elif column: out += [f"meta {i}: {k} is not finite" for i in np.flatnonzero(~np.isfinite(values).reshape(len(meta), -1).all(1))]
+    if not {"time_ms", "race_time"} & set(meta[0]): return out + ["meta: no time_ms"]
     time = [m.get("time_ms", m.get("race_time")) for m in meta]
     return out or [f"meta {i}: time_ms {b} does not come after {a}" for i, (a, b) in enumerate(zip(time, time[1:]), 1) if b <= a]
 
