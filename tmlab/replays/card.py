@@ -22,8 +22,8 @@ from .store import STATE_DTYPES, ReplayStore
 # %% ../../nbs/replays/100_card.ipynb #c68dcb5b
 def counted(series): return {str(k): int(v) for k, v in series.value_counts(dropna=False).sort_index().items()}
 
-def card_numbers(root, val_fraction=0.1, seed=42):
-    "Everything countable about a data set, as plain values, split as `split_tracks` does. ValueError for a root with broken replays."
+def card_numbers(root, val_fraction=0.1, seed=42, fingerprint=None):
+    "Everything countable about a data set, as plain values, split as `split_tracks` does. ValueError for a root with broken replays. A `fingerprint` already known saves a pass."
     store = ReplayStore(root).require_sound()
     r, f = store.replays, store.frames
     span_ms = f.groupby("episode_index").time_ms.agg(lambda t: t.max() - t.min())
@@ -35,7 +35,7 @@ def card_numbers(root, val_fraction=0.1, seed=42):
                 frame_sizes=counted(text(r.width).astype(str) + "x" + text(r.height).astype(str)),
                 interval_ms=counted(text(r.interval_ms).map(lambda x: x if x == "not recorded" else f"{x:g}")),
                 format_versions=counted(text(r.format_version)), **action_numbers(f), **state_numbers(f), splits=split_numbers(r, val_fraction, seed),
-                megabytes=round(sum(p.stat().st_size for x in store for p in x.folder.iterdir()) / 1e6, 2), fingerprint=store.fingerprint())
+                megabytes=round(sum(p.stat().st_size for x in store for p in x.folder.iterdir()) / 1e6, 2), fingerprint=fingerprint or store.fingerprint())
 
 def action_numbers(frames):
     "Counts of the actions over replays that record them all, with the shares of the most frequent one and of the action before."
@@ -69,7 +69,7 @@ def split_numbers(replays, val_fraction, seed):
     return dict(val_fraction=val_fraction, seed=seed, **{k: dict(tracks=int(p.track_id.nunique()), replays=len(p), frames=int(p.n_frames.sum())) for k, p in parts.items()},
                 validation_tracks=validation[:20])
 
-# %% ../../nbs/replays/100_card.ipynb #46f90006
+# %% ../../nbs/replays/100_card.ipynb #c1055fd2
 FIELDS = set("""language license license_name license_link license_details tags annotations_creators language_creators language_details pretty_name size_categories
     source_datasets task_categories task_ids paperswithcode_id configs config_names dataset_info train-eval-index viewer thumbnail library_name tmlab""".split())
 LICENCES = set("""unknown other mit apache-2.0 bsd bsd-2-clause bsd-3-clause cc cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
@@ -102,7 +102,7 @@ def config_problems(configs):
 def info_problems(info):
     "What is wrong with `dataset_info`: features have a name and a type, splits a name and a number of rows."
     out = [f"dataset_info: feature {f} needs a name and one of dtype, list, struct" for f in info.get("features", []) if not f.get("name") or len({"dtype", "list", "struct", "sequence"} & set(f)) != 1]
-    return out + [f"dataset_info: split {s} needs name and num_examples" for s in info.get("splits", []) if not s.get("name") or not isinstance(s.get("num_examples"), int)]
+    return out + [f"dataset_info: split {s} needs name, num_examples and num_bytes" for s in info.get("splits", []) if not s.get("name") or not all(isinstance(s.get(k), int) for k in ("num_examples", "num_bytes"))]
 
 # %% ../../nbs/replays/100_card.ipynb #9d48aa06
 BEGIN, END = "<!-- numbers: filled by code, checked by tests -->", "<!-- end of numbers -->"
@@ -114,15 +114,15 @@ LIMITATIONS = dict(
     generated="Tracks are procedural and the physics is a simulator's: it resembles TrackMania Nations Forever and is not it.",
     imported="Imported replays belong to their drivers; this card describes them and does not license them.")
 
-def data_card(root, name, how=None, limitations=(), front=None, val_fraction=0.1, seed=42):
-    "The card (markdown with Hugging Face front matter) of the data set at `root`. `how`: the command or text that says how it was made; `front`: more front matter."
-    n = card_numbers(root, val_fraction, seed)
+def data_card(root, name, how=None, limitations=(), about=ABOUT, front=None, val_fraction=0.1, seed=42, fingerprint=None):
+    "The card (markdown with Hugging Face front matter) of the data set at `root`. `how`: the command or text that says how it was made; `about`: what the files are; `front`: more front matter."
+    n = card_numbers(root, val_fraction, seed, fingerprint)
     matter = dict(pretty_name=name, **licence_fields(n), tags=["trackmania", "racing", "imitation-learning", "reinforcement-learning"],
                   task_categories=["reinforcement-learning", "robotics", "image-classification"],
                   size_categories=[next((s for limit, s in SIZES if n["frames"] < limit), SIZES[-1][1])], **(front or {}), tmlab=n)
     problems = front_problems(matter)
     if problems: raise ValueError(f"{name}: {problems[0]}")
-    head = ["---", yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, width=1000).rstrip(), "---", f"# {name}", "", ABOUT, ""]
+    head = ["---", yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, width=1000).rstrip(), "---", f"# {name}", "", about, ""]
     versions = [f"- tmlab {version('tmlab') or 'not installed'} wrote this card", f"- replay folders of format {', '.join(n['format_versions'])}; this tmlab writes {FORMAT_VERSION}",
                 *(f"- source: {s}" for s in n["sources"]), f"- fingerprint of all frames and labels: `{n['fingerprint']}`"]
     return "\n".join(head + [BEGIN, numbers_section(n, ReplayStore(root).stats()), END, "", "## How it was made", "", how or "Not recorded.", "",
@@ -145,7 +145,7 @@ def known_defects(n):
               f"Steps between frames differ: {', '.join(n['interval_ms'])} ms.": len(n["interval_ms"]) > 1, f"Frames differ in size: {', '.join(n['frame_sizes'])}.": len(n["frame_sizes"]) > 1}
     return [LIMITATIONS[k] for k in kinds] + [line for line, is_so in counts.items() if is_so]
 
-# %% ../../nbs/replays/100_card.ipynb #bd564c9a
+# %% ../../nbs/replays/100_card.ipynb #d30894b2
 def numbers_section(n, stats):
     "The numbers `n` and the table `stats` (of `ReplayStore.stats`) as markdown."
     return "\n".join([*content_lines(n), "", *source_lines(n), "", *action_lines(n), "", *split_lines(n["splits"]), "", *stats_lines(stats)])
@@ -181,8 +181,9 @@ def split_lines(s):
 
 def stats_lines(stats):
     shown = dict(min="min", q01="1 %", q50="median", q99="99 %", max="max", mean="mean", std="std")
-    rows = [f"| {name} | " + " | ".join(f"{row[k]:.4g}" for k in shown) + f" | {int(row['count'])} |" for name, row in stats.iterrows()]
-    return ["## Statistics", "", "Over the frames that record the feature; times in s or ms, lengths in m, speeds in m/s, pixels of `image` scaled to 0…1.", "",
+    text = lambda x: f"{x + 0.0:.0f}" if abs(x) >= 1000 else f"{round(x, 4) + 0.0:.4g}"  # + 0.0: no minus before a zero
+    rows = [f"| {name} | " + " | ".join(text(row[k]) for k in shown) + f" | {int(row['count'])} |" for name, row in stats.iterrows()]
+    return ["## Statistics", "", "Over the frames that record the feature; times in s or ms, lengths in m, speeds in m/s, pixels of `image` scaled to 0…1. Of codes (`action_idx`, `wheel_material_…`, `gearbox_state`) only the range means something.", "",
             f"| feature | {' | '.join(shown.values())} | count |", "|---" * (len(shown) + 2) + "|", *rows]
 
 # %% ../../nbs/replays/100_card.ipynb #ac1a6ac9

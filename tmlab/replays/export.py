@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'ARROW', 'KINDS', 'value', 'vector', 'IMAGE', 'RULKA', 'OURS', 'HF_MEGABYTES', 'LEROBOT_MEGABYTES',
-           'LEROBOT_CHUNK', 'CAMERA', 'COUNTERS', 'EXPORT_VERSION', 'FORMATS', 'Planned', 'plan_export', 'in_files',
-           'require_space', 'Episode', 'read_episode', 'arrow_type', 'arrow_schema', 'as_table', 'images',
+           'LEROBOT_CHUNK', 'CAMERA', 'COUNTERS', 'EXPORT_VERSION', 'FORMATS', 'ABOUT', 'Planned', 'plan_export',
+           'in_files', 'require_space', 'Episode', 'read_episode', 'arrow_type', 'arrow_schema', 'as_table', 'images',
            'write_parquet', 'hf_features', 'hf_table', 'write_hf', 'common_rate', 'lerobot_features', 'stored_feature',
            'task_of', 'lerobot_rows', 'plain_stats', 'write_lerobot', 'episode_row', 'write_meta', 'episode_schema',
            'export', 'read_episodes', 'existing_export', 'dropped']
 
-# %% ../../nbs/replays/110_export.ipynb #6abf9f51
+# %% ../../nbs/replays/110_export.ipynb #16a4af1e
 import hashlib, json, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,9 @@ from .actions import KEYS
 from .card import write_card
 from .manifest import decode_jpeg, hash_frame, read_bytes
 from .split import split_tracks
-from .store import STATE_COLUMNS, STATE_DTYPES, ImageStats, ReplayStore, RunningStats, combine_hashes
+from .store import STATE_COLUMNS, STATE_DTYPES, ImageStats, ReplayStore, RunningStats, combine_hashes, gc_paused
 
-# %% ../../nbs/replays/110_export.ipynb #621aa59d
+# %% ../../nbs/replays/110_export.ipynb #0b496027
 @dataclass
 class Planned:
     "What the pass over the labels found out about one replay."
@@ -68,7 +68,7 @@ def require_space(out, plan):
     free = shutil.disk_usage(place).free / 1e6
     if free < needed: raise ValueError(f"{place}: {free:.0f} MB free, the export needs {needed:.0f} MB; free some or choose another disk")
 
-# %% ../../nbs/replays/110_export.ipynb #5ff175f9
+# %% ../../nbs/replays/110_export.ipynb #4b2474cd
 @dataclass
 class Episode:
     "One replay in memory: its columns, JPEG bytes, image shape, statistics of its pixels, and hashes as in `ReplayStore.fingerprint`."
@@ -94,7 +94,7 @@ def read_episode(replay):
         pixels.update(frame)
     return Episode(replay, columns, jpegs, shape, pixels, (digest.hexdigest(), replay.labels_sha256()))
 
-# %% ../../nbs/replays/110_export.ipynb #71910bdb
+# %% ../../nbs/replays/110_export.ipynb #b7738395
 ARROW = dict(string=pa.string(), bool=pa.bool_(), int32=pa.int32(), int64=pa.int64(), float32=pa.float32())
 KINDS = dict(f="float32", i="int32", b="bool")  # of a state's column: its type in a file
 value = lambda dtype: dict(dtype=dtype, _type="Value")
@@ -123,12 +123,16 @@ def as_table(data, schema):
 def images(episode): return [dict(bytes=b, path=f) for b, f in zip(episode.jpegs, episode.columns["file"])]
 
 def write_parquet(path, schema, tables):
-    "Write `tables`, an iterator, to a new file: one row group each, so that one replay can be read alone."
+    "Write `tables`, an iterator, to a new file: one row group each, so that one replay can be read alone; returns their bytes in memory."
     path.parent.mkdir(parents=True, exist_ok=True)
+    size = 0
     with pq.ParquetWriter(path, schema, compression="snappy", use_dictionary=[f.name for f in schema if f.type == pa.string()]) as writer:
-        for t in tables: writer.write_table(t, row_group_size=max(len(t), 1))
+        for t in tables:
+            writer.write_table(t, row_group_size=max(len(t), 1))
+            size += t.nbytes
+    return size
 
-# %% ../../nbs/replays/110_export.ipynb #d6de0355
+# %% ../../nbs/replays/110_export.ipynb #5e589fd1
 RULKA = dict(image=IMAGE, track_id=value("string"), replay_name=value("string"), step=value("int32"), time_ms=value("int32"), action_idx=value("int32"),
              **{k: value("bool") for k in KEYS}, fps=value("float32"), width=value("int32"), height=value("int32"), race_finished=value("bool"))
 OURS = dict(episode_index=value("int64"), frame_index=value("int64"), timestamp=value("float32"), player=value("string"), interpolated=value("bool"))
@@ -154,18 +158,19 @@ def write_hf(folder, plan, episodes):
     features = hf_features(plan)
     schema, number, splits = arrow_schema(features), 0, []
     for split in SPLITS:
-        files = in_files([p for p in plan if p.split == split], HF_MEGABYTES)
+        files, size = in_files([p for p in plan if p.split == split], HF_MEGABYTES), 0
         for i, part in enumerate(files):
-            write_parquet(folder / f"data/{split}-{i:05d}-of-{len(files):05d}.parquet", schema, (hf_table(next(episodes), number + k, schema) for k in range(len(part))))
+            tables = (hf_table(next(episodes), number + k, schema) for k in range(len(part)))
+            size += write_parquet(folder / f"data/{split}-{i:05d}-of-{len(files):05d}.parquet", schema, tables)
             number += len(part)
-        if files: splits.append(split)
-    return dict(configs=[dict(config_name="default", data_files=[dict(split=s, path=f"data/{s}-*") for s in splits])],
-                dataset_info=dict(features=[dict(name=k, dtype="image" if f is IMAGE else f["dtype"]) for k, f in features.items()],
-                                  splits=[dict(name=s, num_examples=sum(p.length for p in plan if p.split == s)) for s in splits]))
+        if files: splits.append(dict(name=split, num_bytes=size, num_examples=sum(p.length for part in files for p in part)))
+    return dict(configs=[dict(config_name="default", data_files=[dict(split=s["name"], path=f"data/{s['name']}-*") for s in splits])],
+                dataset_info=dict(features=[dict(name=k, dtype="image" if f is IMAGE else f["dtype"]) for k, f in features.items()], splits=splits,
+                                  download_size=sum(p.stat().st_size for p in (folder / "data").iterdir()), dataset_size=sum(s["num_bytes"] for s in splits)))
 
-# %% ../../nbs/replays/110_export.ipynb #e7166e1d
+# %% ../../nbs/replays/110_export.ipynb #66e27d61
 LEROBOT_MEGABYTES, LEROBOT_CHUNK = 100, 1000  # of frames in a file, files in a folder: LeRobot's own defaults
-CAMERA = "observation.image"
+CAMERA = "observation.camera"  # LeRobot merges data sets only when what has "image" in its name has three channels
 COUNTERS = ("frame_index", "episode_index", "index", "task_index")
 
 def common_rate(plan):
@@ -211,7 +216,7 @@ def plain_stats(result, image=False):
     "Statistics as nested lists of numbers; those of an image have the shape (channels, 1, 1)."
     return {k: [int(v[0])] if k == "count" else v[:, None, None].tolist() if image else v.tolist() for k, v in result.items()}
 
-# %% ../../nbs/replays/110_export.ipynb #c688e4de
+# %% ../../nbs/replays/110_export.ipynb #072fee7f
 def write_lerobot(folder, plan, episodes):
     "Write the LeRobot v3 layout (`meta`, `data`); returns the front matter that describes it."
     fps, tasks = common_rate(plan), list(dict.fromkeys(task_of(p.replay) for p in plan))
@@ -266,9 +271,25 @@ def episode_schema(row):
         return pa.list_(pa.int64()) if k.endswith("/count") else depth
     return pa.schema([(k, type_of(k, v)) for k, v in row.items()])
 
-# %% ../../nbs/replays/110_export.ipynb #6ba8c6da
+# %% ../../nbs/replays/110_export.ipynb #c70d9d60
 EXPORT_VERSION = 1
 FORMATS = dict(hf=write_hf, lerobot=write_lerobot)
+ABOUT = dict(hf="""Frames, actions and car states of recorded drives: a row is a frame with the action that follows it. `image` is the JPEG, `action_idx` the index of the keys
+(0…11, below), `position_…`, `velocity_…` are the car's in the world (m, m/s, y up), `rotation_ab` is the world's a of the car's b axis (x left, y up, z forward), wheels are front
+left, front right, rear right, rear left. What a replay does not record is null.
+
+```python
+from datasets import load_dataset
+frames = load_dataset("parquet", data_files={"train": "data/train-*"})["train"]
+```""", lerobot="""Frames, actions and car states of recorded drives in the LeRobot v3 layout: an episode is a replay, a row a frame with the action that follows it. `action` are the keys
+accelerate, brake, left, right as 0 or 1, `discrete_action` is the index of the keys (0…11, below), the names of `observation.state` are in `meta/info.json`. Positions are in the world (m, y up),
+`rotation_ab` is the world's a of the car's b axis (x left, y up, z forward), wheels are front left, front right, rear right, rear left. Frames have one channel, scaled to 0…1.
+
+```python
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from torchvision.transforms.v2 import Grayscale
+frames = LeRobotDataset("local/name", root=".", image_transforms=Grayscale(3))  # for networks that want three channels
+```""")
 
 def export(root, out, format="hf", val_fraction=0.1, seed=42, name=None, how=None, limitations=()):
     "Write the data set at `root` to the new folder `out` as `hf` or `lerobot`, split by track; returns `out`. ValueError when it cannot be whole, or `out` holds something else."
@@ -279,14 +300,15 @@ def export(root, out, format="hf", val_fraction=0.1, seed=42, name=None, how=Non
     if out.exists() and (not out.is_dir() or any(out.iterdir())): return existing_export(out, settings | dict(fingerprint=store.fingerprint()))
     plan = plan_export(store, val_fraction, seed)
     require_space(out, plan)
-    with atomic_path(out) as tmp:
+    with gc_paused(), atomic_path(out) as tmp:
         tmp.mkdir()
         hashes = []
         front = FORMATS[format](tmp, plan, read_episodes(plan, hashes))
         settings["fingerprint"] = combine_hashes(hashes)
         if name is None: name = Path(root).resolve().name
-        write_card(root, name, tmp / "README.md", how=how, limitations=[*limitations, *dropped(plan, format)], front=front, val_fraction=val_fraction, seed=seed)
+        write_card(root, name, tmp / "README.md", about=ABOUT[format], how=how, limitations=[*limitations, *dropped(plan, format)], front=front, val_fraction=val_fraction, seed=seed, fingerprint=settings["fingerprint"])
         write_json(tmp / "export.json", settings | dict(source=name, frames=sum(p.length for p in plan), replays=len(plan), tmlab=version("tmlab")))
+        if out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} was written by somebody else in the meantime; choose another folder")
     return out
 
 def read_episodes(plan, hashes):

@@ -59,7 +59,7 @@ class Replay:
     def files(self):
         "Names of the frames in order."
         if "manifest" in self.__dict__: return self.manifest.files
-        rows, _ = load_manifest(self.folder)
+        rows, _ = load_labels(self.folder)
         try: return [r["file"] for r in rows]
         except (TypeError, KeyError): return self.manifest.files  # raises the ValueError that names the entry
 
@@ -104,7 +104,7 @@ class Replay:
         rows = [{k: v for k, v in r.items() if k != "capture_timestamp_utc"} for r in rows]
         return hashlib.sha256(json.dumps([rows, data.get("actions"), data.get("meta")], sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/replays/50_store.ipynb #571d359d
+# %% ../../nbs/replays/50_store.ipynb #eac30599
 WHEELS = ("fl", "fr", "rr", "rl")  # front left, front right, rear right, rear left: the order of a CarState
 COMPONENTS = {(): ("",), (3,): ("_x", "_y", "_z"), (4,): tuple(f"_{w}" for w in WHEELS), (3, 3): tuple(f"_{a}{b}" for a in "xyz" for b in "xyz")}
 RENAMED = dict(gas="gas_pedal", brake="brake_pedal")  # 0…1; `brake` is the key
@@ -146,7 +146,7 @@ def state_columns(states):
     "The known fields of a `CarState` as `{column: array (T,)}`."
     return {c: v for k, names in STATE_COLUMNS.items() if k in states.known for c, v in zip(names, getattr(states, k).reshape(len(states), -1).T)}
 
-# %% ../../nbs/replays/50_store.ipynb #72b36db2
+# %% ../../nbs/replays/50_store.ipynb #d1c7f1f4
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 class RunningStats:
@@ -194,7 +194,9 @@ class ImageStats:
 
     def update(self, frame):
         "Add a frame (H, W) or (H, W, C) uint8."
-        for row, pixels in zip(self.histogram, np.moveaxis(np.atleast_3d(frame), -1, 0), strict=True): row += np.bincount(pixels.ravel(), minlength=256)
+        channels = frame.shape[2] if frame.ndim == 3 else 1
+        if channels != len(self.histogram): raise ValueError(f"a frame of {channels} channels among frames of {len(self.histogram)}")
+        for row, pixels in zip(self.histogram, frame.reshape(-1, channels).T): row += np.bincount(pixels, minlength=256)
         self.count += 1
         return self
 
