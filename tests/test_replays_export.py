@@ -145,6 +145,13 @@ def test_what_is_not_recorded_is_null_or_refused(tmp_path):
     out = export(tmp_path / "img", tmp_path / "lerobot", "lerobot")
     assert "observation.state" not in read_json(out / "meta/info.json")["features"] and "Not every replay records position, wheel_contact, gear" in (out / "README.md").read_text()
 
+@pytest.mark.parametrize("format", ["hf", "lerobot"])
+def test_metadata_of_another_program_is_taken_as_it_is(tmp_path, format):
+    drive(tmp_path / "img/a/r", player=17, race_time_ms=24_000.6, fps="20")
+    out = export(tmp_path / "img", tmp_path / "out", format)
+    if format == "hf": assert set(pq.read_table(next((out / "data").iterdir()))["player"].to_pylist()) == {"17"}
+    else: assert pq.read_table(out / "meta/episodes/chunk-000/file-000.parquet").select(["player", "race_time_ms", "finished"]).to_pylist() == [dict(player="17", race_time_ms=24_001, finished=True)]
+
 def test_colour_frames_keep_their_channels(tmp_path):
     folder = drive(tmp_path / "img/a/red", n=3)
     for p in folder.glob("*.jpeg"): cv2.imwrite(str(p), np.full((24, 32, 3), (0, 0, 200), np.uint8))  # OpenCV writes BGR

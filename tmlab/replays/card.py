@@ -69,7 +69,7 @@ def split_numbers(replays, val_fraction, seed):
     return dict(val_fraction=val_fraction, seed=seed, **{k: dict(tracks=int(p.track_id.nunique()), replays=len(p), frames=int(p.n_frames.sum())) for k, p in parts.items()},
                 validation_tracks=validation[:20])
 
-# %% ../../nbs/replays/100_card.ipynb #c1055fd2
+# %% ../../nbs/replays/100_card.ipynb #b827f7ed
 FIELDS = set("""language license license_name license_link license_details tags annotations_creators language_creators language_details pretty_name size_categories
     source_datasets task_categories task_ids paperswithcode_id configs config_names dataset_info train-eval-index viewer thumbnail library_name tmlab""".split())
 LICENCES = set("""unknown other mit apache-2.0 bsd bsd-2-clause bsd-3-clause cc cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
@@ -131,7 +131,8 @@ def data_card(root, name, how=None, limitations=(), about=ABOUT, front=None, val
 def licence_fields(n):
     "Front matter on the licence: the one all sources share; `unknown` as soon as one is; else `other`."
     found = {x for of_source in n["licences"].values() for x in of_source}
-    return dict(license=found.pop()) if len(found) == 1 else dict(license="unknown") if "unknown" in found else dict(license="other", license_name="see-sources")
+    if "unknown" in found: return dict(license="unknown")
+    return dict(license=found.pop()) if len(found) == 1 and found <= LICENCES else dict(license="other", license_name=found.pop() if len(found) == 1 else "see-sources")
 
 def known_defects(n):
     "What a user of data with these numbers must know, a line each."
@@ -145,7 +146,7 @@ def known_defects(n):
               f"Steps between frames differ: {', '.join(n['interval_ms'])} ms.": len(n["interval_ms"]) > 1, f"Frames differ in size: {', '.join(n['frame_sizes'])}.": len(n["frame_sizes"]) > 1}
     return [LIMITATIONS[k] for k in kinds] + [line for line, is_so in counts.items() if is_so]
 
-# %% ../../nbs/replays/100_card.ipynb #d30894b2
+# %% ../../nbs/replays/100_card.ipynb #5a213363
 def numbers_section(n, stats):
     "The numbers `n` and the table `stats` (of `ReplayStore.stats`) as markdown."
     return "\n".join([*content_lines(n), "", *source_lines(n), "", *action_lines(n), "", *split_lines(n["splits"]), "", *stats_lines(stats)])

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SPLITS', 'ARROW', 'KINDS', 'value', 'vector', 'IMAGE', 'RULKA', 'OURS', 'HF_MEGABYTES', 'LEROBOT_MEGABYTES',
            'LEROBOT_CHUNK', 'CAMERA', 'COUNTERS', 'EXPORT_VERSION', 'FORMATS', 'ABOUT', 'Planned', 'plan_export',
-           'in_files', 'require_space', 'Episode', 'read_episode', 'arrow_type', 'arrow_schema', 'as_table', 'images',
-           'write_parquet', 'hf_features', 'hf_table', 'write_hf', 'common_rate', 'lerobot_features', 'stored_feature',
-           'task_of', 'lerobot_rows', 'plain_stats', 'write_lerobot', 'episode_row', 'write_meta', 'episode_schema',
-           'export', 'read_episodes', 'existing_export', 'dropped']
+           'in_files', 'require_space', 'Episode', 'read_episode', 'arrow_type', 'arrow_schema', 'as_table',
+           'player_of', 'images', 'write_parquet', 'hf_features', 'hf_table', 'write_hf', 'common_rate',
+           'lerobot_features', 'stored_feature', 'task_of', 'lerobot_rows', 'plain_stats', 'write_lerobot',
+           'episode_row', 'write_meta', 'episode_schema', 'export', 'read_episodes', 'existing_export', 'dropped']
 
-# %% ../../nbs/replays/110_export.ipynb #16a4af1e
+# %% ../../nbs/replays/110_export.ipynb #aac0dabe
 import hashlib, json, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .manifest import decode_jpeg, hash_frame, read_bytes
 from .split import split_tracks
 from .store import STATE_COLUMNS, STATE_DTYPES, ImageStats, ReplayStore, RunningStats, combine_hashes, gc_paused
 
-# %% ../../nbs/replays/110_export.ipynb #0b496027
+# %% ../../nbs/replays/110_export.ipynb #2004dcb9
 @dataclass
 class Planned:
     "What the pass over the labels found out about one replay."
@@ -68,7 +68,7 @@ def require_space(out, plan):
     free = shutil.disk_usage(place).free / 1e6
     if free < needed: raise ValueError(f"{place}: {free:.0f} MB free, the export needs {needed:.0f} MB; free some or choose another disk")
 
-# %% ../../nbs/replays/110_export.ipynb #4b2474cd
+# %% ../../nbs/replays/110_export.ipynb #6f9a8531
 @dataclass
 class Episode:
     "One replay in memory: its columns, JPEG bytes, image shape, statistics of its pixels, and hashes as in `ReplayStore.fingerprint`."
@@ -94,7 +94,7 @@ def read_episode(replay):
         pixels.update(frame)
     return Episode(replay, columns, jpegs, shape, pixels, (digest.hexdigest(), replay.labels_sha256()))
 
-# %% ../../nbs/replays/110_export.ipynb #b7738395
+# %% ../../nbs/replays/110_export.ipynb #e3fd7f45
 ARROW = dict(string=pa.string(), bool=pa.bool_(), int32=pa.int32(), int64=pa.int64(), float32=pa.float32())
 KINDS = dict(f="float32", i="int32", b="bool")  # of a state's column: its type in a file
 value = lambda dtype: dict(dtype=dtype, _type="Value")
@@ -120,6 +120,11 @@ def as_table(data, schema):
         return pa.array(v, f.type) if isinstance(v, list) else pa.array(np.asarray(v)).cast(f.type, safe=not pa.types.is_floating(f.type))
     return pa.Table.from_arrays([column(f) for f in schema], schema=schema)
 
+def player_of(replay):
+    "Who drove, as text, or None."
+    player = replay.metadata.get("player")
+    return player if player is None else str(player)
+
 def images(episode): return [dict(bytes=b, path=f) for b, f in zip(episode.jpegs, episode.columns["file"])]
 
 def write_parquet(path, schema, tables):
@@ -132,7 +137,7 @@ def write_parquet(path, schema, tables):
             size += t.nbytes
     return size
 
-# %% ../../nbs/replays/110_export.ipynb #5e589fd1
+# %% ../../nbs/replays/110_export.ipynb #6c79d538
 RULKA = dict(image=IMAGE, track_id=value("string"), replay_name=value("string"), step=value("int32"), time_ms=value("int32"), action_idx=value("int32"),
              **{k: value("bool") for k in KEYS}, fps=value("float32"), width=value("int32"), height=value("int32"), race_finished=value("bool"))
 OURS = dict(episode_index=value("int64"), frame_index=value("int64"), timestamp=value("float32"), player=value("string"), interpolated=value("bool"))
@@ -147,10 +152,10 @@ def hf_table(episode, number, schema):
     "Rows of one replay, the `number`th."
     m, c, n = episode.replay.metadata, episode.columns, len(episode)
     steps = set(np.diff(c["time_ms"]).tolist())
-    fps = m.get("fps") or (1000 / steps.pop() if len(steps) == 1 else None)
+    fps = 1000 / steps.pop() if len(steps) == 1 else None
     height, width, _ = episode.shape
     whole = dict(track_id=episode.replay.track_id, replay_name=episode.replay.name, fps=fps, width=width, height=height, race_finished=m.get("race_finished"),
-                 episode_index=number, player=m.get("player"))
+                 episode_index=number, player=player_of(episode.replay))
     return as_table(c | dict(image=images(episode)) | {k: [v] * n for k, v in whole.items()}, schema)
 
 def write_hf(folder, plan, episodes):
@@ -168,7 +173,7 @@ def write_hf(folder, plan, episodes):
                 dataset_info=dict(features=[dict(name=k, dtype="image" if f is IMAGE else f["dtype"]) for k, f in features.items()], splits=splits,
                                   download_size=sum(p.stat().st_size for p in (folder / "data").iterdir()), dataset_size=sum(s["num_bytes"] for s in splits)))
 
-# %% ../../nbs/replays/110_export.ipynb #66e27d61
+# %% ../../nbs/replays/110_export.ipynb #72464b13
 LEROBOT_MEGABYTES, LEROBOT_CHUNK = 100, 1000  # of frames in a file, files in a folder: LeRobot's own defaults
 CAMERA = "observation.camera"  # LeRobot merges data sets only when what has "image" in its name has three channels
 COUNTERS = ("frame_index", "episode_index", "index", "task_index")
@@ -216,7 +221,7 @@ def plain_stats(result, image=False):
     "Statistics as nested lists of numbers; those of an image have the shape (channels, 1, 1)."
     return {k: [int(v[0])] if k == "count" else v[:, None, None].tolist() if image else v.tolist() for k, v in result.items()}
 
-# %% ../../nbs/replays/110_export.ipynb #072fee7f
+# %% ../../nbs/replays/110_export.ipynb #a511b8ad
 def write_lerobot(folder, plan, episodes):
     "Write the LeRobot v3 layout (`meta`, `data`); returns the front matter that describes it."
     fps, tasks = common_rate(plan), list(dict.fromkeys(task_of(p.replay) for p in plan))
@@ -244,10 +249,10 @@ def write_lerobot(folder, plan, episodes):
 
 def episode_row(planned, number, start, place, stats):
     "Row of `meta/episodes`: where the episode lies, whose it is, and its statistics."
-    m = planned.replay.metadata
+    m, time_ms = planned.replay.metadata, planned.replay.metadata.get("race_time_ms")
     row = dict(episode_index=number, tasks=[task_of(planned.replay)], length=planned.length, dataset_from_index=start, dataset_to_index=start + planned.length)
     row |= {"data/chunk_index": place[0], "data/file_index": place[1], "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-    row |= dict(track_id=planned.replay.track_id, replay=planned.replay.name, split=planned.split, player=m.get("player"), race_time_ms=m.get("race_time_ms"), finished=m.get("race_finished"))
+    row |= dict(track_id=planned.replay.track_id, replay=planned.replay.name, split=planned.split, player=player_of(planned.replay), race_time_ms=None if time_ms is None else round(time_ms), finished=m.get("race_finished"))
     return row | {f"stats/{k}/{s}": v for k, of in stats.items() for s, v in of.items()}
 
 def write_meta(folder, plan, fps, features, tasks, episodes, stats):
@@ -271,7 +276,7 @@ def episode_schema(row):
         return pa.list_(pa.int64()) if k.endswith("/count") else depth
     return pa.schema([(k, type_of(k, v)) for k, v in row.items()])
 
-# %% ../../nbs/replays/110_export.ipynb #c70d9d60
+# %% ../../nbs/replays/110_export.ipynb #ea673b76
 EXPORT_VERSION = 1
 FORMATS = dict(hf=write_hf, lerobot=write_lerobot)
 ABOUT = dict(hf="""Frames, actions and car states of recorded drives: a row is a frame with the action that follows it. `image` is the JPEG, `action_idx` the index of the keys

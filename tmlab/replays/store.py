@@ -104,7 +104,7 @@ class Replay:
         rows = [{k: v for k, v in r.items() if k != "capture_timestamp_utc"} for r in rows]
         return hashlib.sha256(json.dumps([rows, data.get("actions"), data.get("meta")], sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/replays/50_store.ipynb #eac30599
+# %% ../../nbs/replays/50_store.ipynb #f0aae678
 WHEELS = ("fl", "fr", "rr", "rl")  # front left, front right, rear right, rear left: the order of a CarState
 COMPONENTS = {(): ("",), (3,): ("_x", "_y", "_z"), (4,): tuple(f"_{w}" for w in WHEELS), (3, 3): tuple(f"_{a}{b}" for a in "xyz" for b in "xyz")}
 RENAMED = dict(gas="gas_pedal", brake="brake_pedal")  # 0…1; `brake` is the key
@@ -146,7 +146,7 @@ def state_columns(states):
     "The known fields of a `CarState` as `{column: array (T,)}`."
     return {c: v for k, names in STATE_COLUMNS.items() if k in states.known for c, v in zip(names, getattr(states, k).reshape(len(states), -1).T)}
 
-# %% ../../nbs/replays/50_store.ipynb #d1c7f1f4
+# %% ../../nbs/replays/50_store.ipynb #31274ae0
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 class RunningStats:
@@ -306,8 +306,7 @@ class ReplayStore:
         for replay, columns in self.columns("statistics"):
             for k, v in columns.items():
                 if k not in NOT_NUMBERS: running.setdefault(k, RunningStats()).update(known_values(v))
-            if images:
-                for frame in replay.images(): pixels.update(frame)
+            for path in (os.path.join(replay.folder, f) for f in (columns["file"] if images else ())): pixels.update(decode_jpeg(read_bytes(path), path))
         table = {k: r.result() for k, r in running.items() if r.count} | (dict(image=pixels.result()) if pixels.count else {})
         return pd.DataFrame({k: {s: x.item() for s, x in stats.items()} for k, stats in table.items()}).T.astype(dict(count=int))
 
