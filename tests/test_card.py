@@ -42,6 +42,7 @@ def test_committed_cards_have_the_front_matter_and_sections_of_a_data_card(repo)
 @pytest.mark.parametrize("sources, licence, shown", [
     (["tmlab world v2"], "mit", "| tmlab world v2 | 1 | mit |"),
     (["tmlab world v2", "Replay.Gbx"], "unknown", "| Replay.Gbx | 1 | unknown |"),
+    (["a|b\nc"], "unknown", "| a\\|b c | 1 | unknown |"),
     ([None], "unknown", "| not recorded | 1 | unknown |"),
     ([("a friend", "by letter of 2020")], "other", "| a friend | 1 | by letter of 2020 |"),
     (["tmlab world v2", ("a friend", "cc-by-4.0")], "other", "| a friend | 1 | cc-by-4.0 |")])

@@ -69,7 +69,7 @@ def split_numbers(replays, val_fraction, seed):
     return dict(val_fraction=val_fraction, seed=seed, **{k: dict(tracks=int(p.track_id.nunique()), replays=len(p), frames=int(p.n_frames.sum())) for k, p in parts.items()},
                 validation_tracks=validation[:20])
 
-# %% ../../nbs/replays/100_card.ipynb #b827f7ed
+# %% ../../nbs/replays/100_card.ipynb #462d7998
 FIELDS = set("""language license license_name license_link license_details tags annotations_creators language_creators language_details pretty_name size_categories
     source_datasets task_categories task_ids paperswithcode_id configs config_names dataset_info train-eval-index viewer thumbnail library_name tmlab""".split())
 LICENCES = set("""unknown other mit apache-2.0 bsd bsd-2-clause bsd-3-clause cc cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
@@ -146,7 +146,7 @@ def known_defects(n):
               f"Steps between frames differ: {', '.join(n['interval_ms'])} ms.": len(n["interval_ms"]) > 1, f"Frames differ in size: {', '.join(n['frame_sizes'])}.": len(n["frame_sizes"]) > 1}
     return [LIMITATIONS[k] for k in kinds] + [line for line, is_so in counts.items() if is_so]
 
-# %% ../../nbs/replays/100_card.ipynb #5a213363
+# %% ../../nbs/replays/100_card.ipynb #e8da0ab7
 def numbers_section(n, stats):
     "The numbers `n` and the table `stats` (of `ReplayStore.stats`) as markdown."
     return "\n".join([*content_lines(n), "", *source_lines(n), "", *action_lines(n), "", *split_lines(n["splits"]), "", *stats_lines(stats)])
@@ -161,7 +161,8 @@ def content_lines(n):
     return ["## Content", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows.items())]
 
 def source_lines(n):
-    rows = [f"| {source} | {k} | {licence} |" for source, of_source in n["licences"].items() for licence, k in of_source.items()]
+    cell = lambda s: " ".join(s.replace("|", "\\|").split())  # what would end a cell or a row of the table
+    rows = [f"| {cell(source)} | {k} | {cell(licence)} |" for source, of_source in n["licences"].items() for licence, k in of_source.items()]
     unknown = any("unknown" in of_source for of_source in n["licences"].values())
     return ["## Source and licence", "", "| source | replays | licence |", "|---|---|---|", *rows,
             *(["", "Unknown means that nobody is known to have granted a licence; ask the drivers before you publish these replays."] if unknown else [])]
@@ -184,7 +185,7 @@ def stats_lines(stats):
     shown = dict(min="min", q01="1 %", q50="median", q99="99 %", max="max", mean="mean", std="std")
     text = lambda x: f"{x + 0.0:.0f}" if abs(x) >= 1000 else f"{round(x, 4) + 0.0:.4g}"  # + 0.0: no minus before a zero
     rows = [f"| {name} | " + " | ".join(text(row[k]) for k in shown) + f" | {int(row['count'])} |" for name, row in stats.iterrows()]
-    return ["## Statistics", "", "Over the frames that record the feature; times in s or ms, lengths in m, speeds in m/s, pixels of `image` scaled to 0…1. Of codes (`action_idx`, `wheel_material_…`, `gearbox_state`) only the range means something.", "",
+    return ["## Statistics", "", "Over the frames that record the feature; times in s or ms, lengths in m, speeds in m/s and rad/s, pixels of `image` scaled to 0…1. Of codes (`action_idx`, `wheel_material_…`, `gearbox_state`) only the range means something.", "",
             f"| feature | {' | '.join(shown.values())} | count |", "|---" * (len(shown) + 2) + "|", *rows]
 
 # %% ../../nbs/replays/100_card.ipynb #ac1a6ac9
