@@ -29,6 +29,10 @@ def one_error(done, *words):
     (["compare", "nowhere"], ["nowhere"]),
     (["run", "nowhere.ipynb"], ["nowhere.ipynb"]),
     (["check", "nowhere"], ["nowhere"]),
+    (["convert", "nowhere.Replay.Gbx", "out.txt"], ["nowhere.Replay.Gbx"]),
+    (["convert", "nowhere.txt", "out.txt"], ["nowhere.txt"]),
+    (["export", "nowhere", "out"], ["nowhere"]),
+    (["export", "nowhere", "out", "--format", "csv"], ["csv", "lerobot"]),
     (["lab", "--data", "nowhere"], ["nowhere"]),
     (["generate", "--kind", "spiral"], ["spiral"]),
 ])
@@ -56,6 +60,20 @@ def test_generate_check_prepare_pretrain_inject(tmp_path):
     assert done.returncode == 1 and frame.name in done.stdout
     one_error(run("prepare", "--output-dir", "c2"), frame.name)
     assert not (tmp_path / "c2/cache_meta.json").exists()
+
+def test_convert_and_export(tmp_path):
+    script, run = tmp_path / "run.txt", lambda *args: tmlab(*args, cwd=tmp_path)
+    script.write_text("0-1000 press up\n500 steer -31970\n")
+    assert run("convert", script, "seconds.txt", "--dialect", "seconds").returncode == 0 and "press up" in (tmp_path / "seconds.txt").read_text()
+    one_error(run("convert", script, "seconds.txt"), "seconds.txt", "already")
+    one_error(run("convert", script, "other.txt", "--dialect", "minutes"), "minutes", "seconds")
+    script.write_text("0-1000 press upwards\n")
+    one_error(run("convert", script, "other.txt"), "run.txt", "upwards")
+    assert not (tmp_path / "other.txt").exists()
+    assert run("generate", "--kind", "flat", "--tracks", 1, "--seconds", 5, "--replays", 1).returncode == 0
+    for how in ("hf", "lerobot"): assert run("export", "maps/img", how, "--format", how).returncode == 0
+    assert list((tmp_path / "hf/data").glob("train-*.parquet")) and (tmp_path / "lerobot/meta/info.json").exists()
+    one_error(run("export", "maps/img", "hf", "--format", "lerobot"), "hf")
 
 def test_import_refuses_bad_files_and_goes_on(tmp_path):
     (tmp_path / "in").mkdir()

@@ -1,27 +1,35 @@
-"The GBX reader and the script reader against real recordings, and against damaged files."
-import csv, random, re, struct, time, unicodedata, zlib
+"The GBX reader against real recordings: every row of the index, the files' own summaries, physics, played-back telemetry."
+import csv, re, struct, unicodedata
+from functools import lru_cache
+from xml.etree import ElementTree
 import numpy as np
+import pandas as pd
 import pytest
 from tmlab.core.runs import real_data
 from tmlab.replays import gbx
 from tmlab.replays.actions import ACTIONS, nearest_action
-from tmlab.replays.gbx import GbxError, ghost_keys, ghost_states, ghost_steer, read_gbx, read_recording, strip_codes
-from tmlab.replays.scripts import agreement, ghost_ticks, read_script, script_ticks
+from tmlab.replays.gbx import GbxError, ghost_keys, ghost_states, ghost_steer, in_force, read_gbx, read_recording
 
 DATA = real_data()
 pytestmark = pytest.mark.skipif(real_data("index.tsv") is None, reason="real game files are not here (TMLAB_REAL_DATA)")
 START = {0: (16, 2.21, 11.2), 1: (20.8, 2.21, 16), 3: (11.2, 2.21, 16)}  # m from the start block's corner to the first sample, by rotation
 FACING = {0: (0, 0, 1), 1: (-1, 0, 0), 3: (1, 0, 0)}
 
-@pytest.fixture(scope="module")
-def index():
-    "Rows of index.tsv by file name."
+def rows():
+    "Rows of index.tsv by file name; none where the files are absent."
+    if not (DATA and (DATA / "index.tsv").exists()): return {}
     with open(DATA / "index.tsv", newline="", encoding="utf-8") as f: return {row["file"]: row for row in csv.DictReader(f, delimiter="\t")}
 
+INDEX = rows()
+FOREVER = [n for n in INDEX if n.startswith(("replays/", "challenges/")) and "not_forever" not in n]
+OLDER = [n for n in INDEX if "not_forever" in n]
+each = lambda names: names or [pytest.param(None, marks=pytestmark)]
+recording = lru_cache(None)(lambda name: read_gbx(DATA / name))
+
 @pytest.fixture(scope="module")
-def recordings(index):
+def recordings():
     "Every Forever file of the index, read once."
-    return {name: read_gbx(DATA / name) for name in index if name.startswith(("replays/", "challenges/")) and "not_forever" not in name}
+    return {name: recording(name) for name in FOREVER}
 
 @pytest.fixture(scope="module")
 def ghosts(recordings):
@@ -42,28 +50,78 @@ def check_map(m, what):
     assert (m.author_time_ms or -1) == author
     assert m.blocks[["x", "y", "z"]].to_numpy().max() <= 255 and set(m.blocks.rotation) <= {0, 1, 2, 3} and not m.notes
 
-def test_replays_agree_with_the_index(recordings, index):
-    names = [n for n in recordings if n.startswith("replays/")]
-    assert sum(n.startswith("replays/stadium/") for n in names) == 28
-    for name in names:
-        r, row = recordings[name], index[name]
-        what = row["what"] + row["note"]
-        check_map(r.map, what)
-        assert r.kind == "replay" and r.game_version in what and not r.notes, name
-        assert [len(g.samples) for g in r.ghosts] == [int(n) for n in row["samples"].split("+")], name
-        assert [0 if g.inputs is None else len(g.inputs) for g in r.ghosts] == [int(n) for n in row["events"].split("+")], name
-        assert str(r.ghosts[0].race_time_ms or "") == row["race_time_ms"], name
-        times = [int(t) for t in re.search(r"cps \[(.*?)\]", what)[1].split(", ")]
-        assert r.ghosts[0].checkpoints_ms.tolist() == [t for t in times if t != 2**32 - 1], name
-        assert str(r.ghosts[0].respawns if r.ghosts[0].respawns is not None else "") == re.search(r"respawns (\d*)", what)[1], name
-        assert any(g.clock_shifted for g in r.ghosts) == ("TMInterface-made" in what), name
+def check_ghosts(ghosts, row):
+    "Counts, times, samples and inputs of a replay's ghosts against its row of the index."
+    what, first = row["what"], ghosts[0]
+    number = lambda pattern: re.search(pattern, what)[1]
+    assert [len(g.samples) for g in ghosts] == [int(n) for n in row["samples"].split("+")]
+    assert [0 if g.inputs is None else len(g.inputs) for g in ghosts] == [int(n) for n in row["events"].split("+")]
+    assert len(ghosts) == int(number(r"ghosts (\d+)")) and str(first.race_time_ms or "") == row["race_time_ms"]
+    times = [int(t) for t in number(r"cps \[(.*?)\]").split(", ")]
+    assert first.checkpoints_ms.tolist() == [t for t in times if t != 2**32 - 1]
+    assert str(first.respawns if first.respawns is not None else "") == number(r"respawns (\d*)")
+    used = set() if first.inputs is None else set(first.inputs.name)
+    assert number(r"steering (\w+)") == ("analog" if "Steer" in used else "keys" if used else "none")
+    assert any(g.clock_shifted for g in ghosts) == ("TMInterface-made" in what)
+    assert f"{np.linalg.norm(first.samples.velocity, axis=1).max() * 3.6:.1f}" == number(r"max ([\d.]+) km/h")
+    assert f"{np.linalg.norm(np.diff(first.samples.position, axis=0), axis=1).sum():.1f}" == number(r"path ([\d.]+) m")
 
-def test_challenges_agree_with_the_index(recordings, index):
-    names = [n for n in recordings if n.startswith("challenges/")]
-    assert len(names) > 100
-    for name in names:
-        check_map(recordings[name].map, index[name]["what"])
-        assert recordings[name].map.mood == re.search(r"mood (\w+)", index[name]["what"])[1]
+@pytest.mark.parametrize("name", each(FOREVER))
+def test_every_row_of_the_index(name):
+    r, row = recording(name), INDEX[name]
+    assert (DATA / name).stat().st_size == int(row["bytes"]) and r.kind == ("replay" if name.startswith("replays/") else "challenge")
+    assert r.game_version == re.search(r"exever ([\d.]+)", row["what"])[1] and not r.notes
+    check_map(r.map, row["what"])
+    if r.kind == "replay": return check_ghosts(r.ghosts, row)
+    assert r.map.mood == re.search(r"mood (\w+)", row["what"])[1] and [row[k] for k in ("race_time_ms", "samples", "events")] == [""] * 3
+
+def test_the_index_was_read():
+    assert (len(FOREVER), len(OLDER)) == (144, 3) and sum(n.startswith("replays/stadium/") for n in FOREVER) == 28
+
+@pytest.mark.parametrize("name", each(OLDER))
+def test_older_games_are_refused(name):
+    with pytest.raises(GbxError, match=r"not_forever.*TMN ESWC.*0\.1\.8\.0.*Forever"): read_gbx(DATA / name)
+
+def summary(box):
+    "The XML summary in a file's header."
+    data = next(d for cid, d in box.header.items() if gbx.class_id(cid) in (0x03093001, 0x03043005))
+    return ElementTree.fromstring(data[4:].decode())  # behind its length
+
+def check_challenge(box):
+    "Names, laps and medal times that the body says against what the header says."
+    xml, m = summary(box), gbx.read_map(box)
+    ident, desc, times = xml.find("ident").attrib, xml.find("desc").attrib, xml.find("times").attrib
+    assert (m.uid, m.name.lstrip("\ufeff"), m.author, m.environment, m.mood) == (ident["uid"], ident["name"], ident["author"], desc["envir"], desc["mood"])
+    assert [m.author_time_ms, m.gold_ms, m.silver_ms, m.bronze_ms] == [gbx.known(int(times[k]) % 2**32) for k in ("authortime", "gold", "silver", "bronze")]
+    assert m.laps == (int(desc["nblaps"]) or 1)
+
+
+@pytest.mark.parametrize("name", each(FOREVER))
+def test_what_the_header_says(name):
+    "A file's header repeats in XML what its body stores in binary."
+    box = gbx.read_container((DATA / name).read_bytes())
+    if box.kind == 0x03043000: return check_challenge(box)
+    chunks, _ = gbx.read_main(box.body, 0x03093002)
+    check_challenge(gbx.read_container(chunks[0x03093002]))
+    xml, r = summary(box), recording(name)
+    times, best = xml.find("times").attrib, r.best or r.ghosts[0]
+    assert xml.find("challenge").attrib["uid"] == r.map.uid and gbx.known(int(times["respawns"]) % 2**32) == best.respawns
+    unfinished = "Oachkatzlschwoafs" in name  # the header of this MediaTracker replay gives the length of its clip
+    assert int(times["best"]) == (best.samples.time_ms[-1] + 100 if unfinished else best.race_time_ms)
+
+def test_respawns(ghosts):
+    "The number of respawns is that of the key's presses; a press at t acts on the state at t, so every jump is in the first sample from t on."
+    with_respawns = [g for _, _, g in ghosts if g.respawns]
+    assert sorted(g.respawns for g in with_respawns) == [1, 363]
+    for g in with_respawns:
+        pressed = g.inputs.time_ms[(g.inputs.name == "Respawn") & (g.inputs.value > 0)].to_numpy()
+        after = np.searchsorted(g.samples.time_ms, pressed)
+        jumps = np.flatnonzero(np.linalg.norm(np.diff(g.samples.position, axis=0), axis=1) > 35) + 1
+        assert len(pressed) == g.respawns and len(jumps) and np.isin(jumps, after).all()
+        assert np.median(np.linalg.norm(g.samples.velocity[after[after < len(g.samples)]], axis=1)) < 2
+
+def test_multilap_maps(recordings):
+    assert sorted(r.map.laps for r in recordings.values() if r.map.laps > 1) == [2, 3, 3]
 
 def test_velocity_against_positions(ghosts):
     for name, _, g in ghosts:
@@ -88,15 +146,97 @@ def test_car_frame_and_signs(ghosts):
         turn.append(np.sign(s.steer[hard] * spin[hard, 1]))
     assert np.concatenate(turn).mean() < -0.5
 
+def stacked(ghosts, *names):
+    "Fields of all samples of `ghosts`, one array each."
+    return [np.concatenate([getattr(g.samples, n) for _, _, g in ghosts]) for n in names]
+
 def test_wheels(racing):
     "In the air the dampers hang out, sliding goes with sideways speed, and the ground is mostly road."
-    s = [g.samples for _, _, g in racing]
-    damper, contact = np.concatenate([x.wheel_damper for x in s]), np.concatenate([x.wheel_contact for x in s])
-    sliding, side = np.concatenate([x.wheel_sliding for x in s]), np.abs(np.concatenate([x.side_speed for x in s]))
+    damper, contact, sliding, side, material = stacked(racing, "wheel_damper", "wheel_contact", "wheel_sliding", "side_speed", "wheel_material")
     for w in range(4):
         assert damper[~contact[:, w], w].mean() > damper[contact[:, w], w].mean() + 0.1
-        assert side[sliding[:, w]].mean() > 5 * side[~sliding[:, w]].mean()
-    assert contact.mean() > 0.8 and 16 in np.concatenate([x.wheel_material for x in s])
+        assert np.abs(side[sliding[:, w]]).mean() > 5 * np.abs(side[~sliding[:, w]]).mean()
+    assert contact.mean() > 0.8 and (material == 16).mean() > 0.3 and set(np.unique(material)) <= set(gbx.MATERIALS)
+    assert contact[material > 0].mean() > 0.999 and (material[contact] > 0).mean() > 0.99
+    assert -0.05 < damper.min() and damper.max() < 0.25
+
+RADIUS = dict(Stadium=0.3636, Speed=0.3296, Rally=0.32, Coast=0.3291, Bay=0.4041, Island=0.3298, Alpine=0.4694)  # m
+
+def test_wheels_roll(ghosts):
+    "A wheel that neither slides nor flies turns by the distance over its radius, the same for a car wherever it drives; scale of both fields."
+    for name, r, g in ghosts:
+        s = g.samples
+        turned = (np.diff(s.wheel_rotation, axis=0) + 804.2475) % 1608.495 - 804.2475
+        speed, ground = (s.forward_speed[1:] + s.forward_speed[:-1]) / 2, s.wheel_contact & ~s.wheel_sliding
+        rolls = (ground[1:] & ground[:-1]).all(1) & (np.abs(speed) > 10) & (np.abs(speed) < 100)
+        radius = np.median(speed[rolls, None] * 0.1 / turned[rolls], axis=0)
+        assert rolls.sum() > 9 and np.allclose(radius, RADIUS[r.map.environment], rtol=0.006), (name, radius)
+
+def test_front_wheels_and_lean(racing):
+    "The front wheels turn with the steering (left positive), the body leans with the sideways acceleration."
+    steer, front, contact, roll, pitch = stacked(racing, "steer", "front_wheel_angle", "wheel_contact", "lean_roll", "lean_pitch")
+    push = np.concatenate([(x := ghost_states(g)).to_car(np.gradient(x.velocity, 0.1, axis=0)) for _, _, g in racing])
+    ground = contact.all(1)
+    assert np.corrcoef(steer, front)[0, 1] < -0.6 and np.abs(front).max() < 1
+    assert np.corrcoef(push[ground, 0], roll[ground])[0, 1] > 0.8 and np.corrcoef(push[ground, 2], pitch[ground])[0, 1] < -0.4
+
+def test_turbo_burnout_and_impacts(ghosts):
+    state, burnout, on, turbo = stacked(ghosts, "gearbox_state", "burnout", "turbo_on", "turbo")
+    assert set(state) == {0, 1, 2, 3, 4} and burnout[state == 4].mean() > 0.95 and burnout[state != 4].mean() < 0.03
+    assert (turbo[on] > 0).mean() > 0.99 and not turbo[~on].any()
+    wheels, body, wheel_material, body_material = stacked(ghosts, "wheel_impact", "body_impact", "wheel_impact_material", "body_impact_material")
+    assert not wheel_material[wheels.max(1) == 0].any() and not body_material[body == 0].any()
+    assert (wheel_material[wheels.max(1) > 0] > 0).mean() > 0.9 and (body_material[body > 0] > 0).mean() > 0.8
+    pressed = np.concatenate([np.diff(g.samples.wheel_damper, axis=0, prepend=g.samples.wheel_damper[:1]) for _, _, g in ghosts])
+    front, rear = pressed[:, :2].mean(1), pressed[:, 2:].mean(1)
+    assert front[wheels[:, 0] > 0].mean() < rear[wheels[:, 0] > 0].mean() < 0 and rear[wheels[:, 1] > 0].mean() < front[wheels[:, 1] > 0].mean() < 0
+
+GEARS = np.array([366, 220, 158.3, 109.7, 85.0])  # rev/min per m/s of the Stadium car
+
+def test_gear_changes(racing):
+    "Between two gears, told by engine over forward speed, the gearbox was shifting, and it remembers the direction."
+    changes = []
+    for _, _, g in racing:
+        s = g.samples
+        ratio = s.rpm / np.maximum(s.forward_speed, 1)
+        gear = np.abs(ratio[:, None] / GEARS - 1).argmin(1)
+        known = (np.abs(ratio / GEARS[gear] - 1) < 0.03) & (s.gearbox_state == 0) & (s.forward_speed > 5) & s.wheel_contact.all(1)
+        at = np.flatnonzero(known)
+        changes += [(s.shifted_down[j], gear[j] < gear[i], (s.gearbox_state[i:j] == 1).any())
+                    for i, j in zip(at, at[1:]) if gear[i] != gear[j] and j - i < 8]
+    down, lower, shifting = np.array(changes).T
+    assert len(down) > 150 and (down == lower).all() and shifting.all() and 0.1 < down.mean() < 0.9
+
+@pytest.mark.parametrize("name, row", [("A01-rollin", "A01-Race_23830_jack1998-1998"), ("A01-arian", "A01-Race_23850_nici0903"), ("A01-sam", "A01-Race_23870_samgusta")])
+def test_against_the_game(name, row):
+    "These replays were played back in the game while another program noted speed display and steering every 10 ms."
+    g = recording(f"replays/stadium/{row}.Replay.Gbx").ghosts[0]
+    seen = pd.read_csv(DATA / f"screen_rays_100hz/{name}.csv")
+    time_ms = seen.img.str.extract(r"_(\d+)\.jpg")[0].astype(int).to_numpy()
+    assert (in_force(g, "Steer", time_ms - 10) == seen.steer)[time_ms <= g.race_time_ms].mean() > 0.998
+    at, display = np.isin(g.samples.time_ms, time_ms), pd.Series(seen.speed.to_numpy(), time_ms)
+    display, speed = display[g.samples.time_ms[at]].to_numpy(), g.samples.forward_speed[at] * 3.6
+    assert at.sum() > 240 and (np.abs(np.trunc(speed) - display) <= 1).mean() > 0.96
+
+def test_sample_bytes_come_back():
+    "Scaled fields, scaled back, are the bytes of the file: nothing is lost and nothing is left out."
+    raw = np.random.default_rng(0).integers(0, 256, (5000, 61), dtype=np.uint8)
+    raw[:, :12] = np.arange(15000, dtype="<f4").view(np.uint8).reshape(5000, 12)
+    s, b = gbx.decode_samples(raw.reshape(-1).view(gbx.SAMPLE), np.arange(5000) * 100), raw.astype(int)
+    u16 = lambda at: b[:, at] + 256 * b[:, at + 1]
+    back = lambda x: np.rint(x).astype(int)
+    for at, value in ((26, (s.forward_speed + 1000) / 11000), (28, (s.side_speed + 1000) / 2000), (30, s.rpm / 30000),
+                      *((32 + 2 * w, s.wheel_rotation[:, w] / 1608.495) for w in range(4))):
+        assert (back(value * 65535) == u16(at)).all()
+    bits = lambda w: s.wheel_sliding[:, w] + 2 * s.wheel_contact[:, w]
+    byte = {40: (s.steer + 1) * 127.5, 41: s.gas * 255, 42: s.brake * 255, 43: s.body_impact_material, 44: s.wheel_impact_material,
+            45: (s.lean_pitch + 1) * 127.5, 46: (s.lean_roll + 1) * 127.5, 47: s.turbo * 255, 48: (s.front_wheel_angle + np.pi) * 127.5 / np.pi,
+            57: s.gearbox_state + 8 * s.unknown + 128 * s.turbo_on,
+            58: s.wheel_impact[:, 0] + 4 * s.wheel_impact[:, 1] + 16 * s.body_impact + 64 * bits(0),
+            59: bits(1) + 4 * bits(2) + 16 * bits(3) + 64 * s.shifted_down + 128 * s.burnout, 60: s.dirt * 255}
+    byte |= {49 + 2 * w: (s.wheel_damper[:, w] + 2) * 63.75 for w in range(4)} | {50 + 2 * w: s.wheel_material[:, w] for w in range(4)}
+    for at, value in byte.items(): assert (back(value) == b[:, at]).all(), at
+    assert set(byte) | set(range(40)) == set(range(61))
 
 def test_race_time_and_checkpoints(racing):
     for name, r, g in racing:
@@ -161,86 +301,10 @@ def test_ghosts_behind_an_unknown_chunk():
         r = read_recording(plain[:spot] + struct.pack("<I", 0x03093FFF) + plain[spot + 4:])
         assert "0x03093fff" in r.notes[0] and summary(r.ghosts) == summary(whole.ghosts)[lost:]
 
-def test_older_games_are_refused(index):
-    names = [n for n in index if "not_forever" in n]
-    assert len(names) == 3
-    for name in names:
-        with pytest.raises(GbxError, match=r"not_forever.*TMN ESWC.*0\.1\.8\.0.*Forever"): read_gbx(DATA / name)
-
-def test_scripts_agree_with_their_replays(index):
-    pairs = [(name, m[1]) for name, row in index.items() if (m := re.search(r"same run as ([^;]+)", row["note"] or ""))]
-    assert len(pairs) == 11
-    for script, replay in pairs:
-        g = read_gbx(DATA / replay).best
-        shares = agreement(script_ticks(read_script(DATA / script), g.race_time_ms), ghost_ticks(g))
-        assert set(shares.values()) == {1.0}, (script, shares)
-
-def test_every_script_is_read(index):
-    names = [n for n in index if n.startswith("input_scripts/") and n.endswith((".txt", ".inputs"))]
-    assert len(names) > 50 and all(len(read_script(DATA / n).events) for n in names)
-    with pytest.raises(ValueError, match=r"recording\.json, line 1: not an input"): read_script(DATA / "input_scripts/hqo998_recording.json")
-
-# ---- damaged files
-
 def unpacked(data):
     "The same file with an uncompressed body, and where the body begins."
     at = 25 + struct.unpack_from("<I", data, 13)[0]
     return data[:7] + b"U" + data[8:at] + gbx.read_container(data).body.data, at
-
-def mutate(data, rnd, first=0):
-    "Flip bytes, cut off, forge numbers, leave a piece out, or double one."
-    b, p = bytearray(data), rnd.randrange(first, len(data) - 4)
-    kind = rnd.randrange(5)
-    if kind == 0:
-        for _ in range(rnd.choice([1, 3, 20])): b[rnd.randrange(first, len(b))] = rnd.randrange(256)
-    elif kind == 1: del b[p:]
-    elif kind == 2: b[p:p + 4] = struct.pack("<I", rnd.choice([0, 1, 255, 65535, 10**6, 2**31 - 1, 2**31, 2**32 - 1]))
-    elif kind == 3: del b[p:p + rnd.randrange(1, 200)]
-    else: b[p:p] = b[rnd.randrange(first, len(b)):][:200]
-    return bytes(b)
-
-def with_samples(plain, change):
-    "The file with its first ghost's sample block changed and packed again."
-    at = gbx.GHOST_START.search(plain).end()
-    _, n = struct.unpack_from("<2I", plain, at)
-    block = change(zlib.decompress(plain[at + 8:at + 8 + n]))
-    packed = zlib.compress(block)
-    return plain[:at] + struct.pack("<2I", len(block), len(packed)) + packed + plain[at + 8 + n:]
-
-def test_damaged_files():
-    "Whatever is wrong with a file, the answer is a recording or a GbxError, at once."
-    rnd = random.Random(7)
-    names = ("replays/stadium/A01-Race_23850_protraintrack.Replay.Gbx", "replays/edge/StarStadiumA5_18090_catasystgma.Replay.Gbx",
-             "replays/stadium/TMNF-Trial_7740_malun22.Replay.Gbx", "challenges/nadeo/A01-Race.Challenge.Gbx")
-    files = [(DATA / n).read_bytes() for n in names]
-    plain, refused, slowest = [unpacked(f) for f in files], 0, 0
-    for i in range(500):
-        which = rnd.randrange(4)
-        (data, at), kind = plain[which], i % 4
-        if kind == 0: bad = mutate(files[which], rnd)
-        elif kind == 1 or which == 3: bad = mutate(data, rnd, at)
-        elif kind == 2:
-            n = struct.unpack_from("<I", data, at + 4)[0]
-            inner = mutate(unpacked(data[at + 8:at + 8 + n])[0], rnd)
-            bad = data[:at + 4] + struct.pack("<I", len(inner)) + inner + data[at + 8 + n:]
-        else: bad = with_samples(data, lambda block: mutate(block, rnd))
-        before = time.process_time()
-        try: read_recording(bad)
-        except GbxError: refused += 1
-        slowest = max(slowest, time.process_time() - before)
-    assert refused > 250 and slowest < 1, (refused, slowest)
-
-def test_bombs():
-    "Sizes that lie, and streams that blow up, are refused before memory is spent."
-    file = (DATA / "replays/stadium/TMNF-Trial_7740_malun22.Replay.Gbx").read_bytes()
-    data, at = unpacked(file)
-    with pytest.raises(GbxError, match="announced"): read_recording(file[:at] + struct.pack("<I", 2**32 - 1) + file[at + 4:])
-    zeros = gbx.lzallright.LZOCompressor().compress(bytes(200 << 20))
-    with pytest.raises(GbxError, match="size announced"): read_recording(file[:at] + struct.pack("<2I", 1 << 20, len(zeros)) + zeros)
-    with pytest.raises(GbxError, match="samples"): read_recording(with_samples(data, lambda block: block + bytes(100 << 20)))
-    ghost = gbx.GHOST_START.search(data)
-    lying = data[:ghost.end()] + struct.pack("<I", 100) + data[ghost.end() + 4:]
-    with pytest.raises(GbxError, match="samples"): read_recording(lying)
 
 @pytest.mark.parametrize("content", [b"", b"GBX", b"GBX\6\0BUCR", b"\x89PNG" + bytes(100), b"GBX\5\0BUCR" + bytes(100),
                                      b"GBX\6\0TUCR" + bytes(100), b"hello\n" * 50, bytes(5000)])

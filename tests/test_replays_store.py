@@ -1,11 +1,13 @@
 "Replay folders and the store under bad input and SIGKILL."
-import json, os, shutil, signal, subprocess, sys, time
+import gc, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
+import pandas as pd
 import pytest
+from tmlab.core.state import SHAPES, make_state
 from tmlab.replays.actions import nearest_action
 from tmlab.replays.manifest import check_replay, check_root, frame_name, read_manifest, write_replay
-from tmlab.replays.store import ReplayStore
+from tmlab.replays.store import QUANTILES, ImageStats, ReplayStore, RunningStats
 
 def make(folder, n=5, seed=0, size=32):
     rng = np.random.default_rng(seed)
@@ -101,3 +103,108 @@ def test_opening_a_store_reads_no_manifest_and_no_frame(tmp_path):
     store = ReplayStore(tmp_path)
     assert store.replays.n_frames.tolist() == [5, 5, 5] and len(store.tracks) == 3
     with pytest.raises(ValueError, match="not valid JSON"): store.frames
+
+def make_driven(folder, n=6, seed=0, known=("position", "velocity", "rotation", "wheel_contact", "gear", "rpm", "brake")):
+    "A replay whose states know the fields `known`."
+    rng = np.random.default_rng(seed)
+    states = make_state(n, **{k: rng.integers(0, 2, (n, *SHAPES[k])) if k in ("wheel_contact", "gear") else rng.normal(size=(n, *SHAPES[k])).round(5) for k in known})
+    entries = dict(time_ms=100 + np.arange(n) * 50, action_idx=rng.integers(0, 12, n), states=states, interpolated=np.arange(n) % 2 == 1)
+    return write_replay(folder, rng.integers(0, 256, (n, 16, 16), np.uint8), entries, dict(frame_source="rendered"))
+
+def test_frames_hold_what_the_manifests_hold(tmp_path):
+    make_driven(tmp_path / "t/a"); make(tmp_path / "t/b"); make_driven(tmp_path / "u/a", seed=2, known=("position", "gear"))
+    store = ReplayStore(tmp_path)
+    f = store.frames
+    assert len(f) == store.replays.n_frames.sum() and f.groupby("episode_index").size().tolist() == store.replays.n_frames.tolist() == [6, 5, 6]
+    for r, rows in zip(store, (rows for _, rows in f.groupby("episode_index"))):
+        m = r.manifest
+        assert (rows.track_id == r.track_id).all() and (rows.replay == r.name).all() and rows.frame_index.tolist() == list(range(len(r)))
+        assert rows.file.tolist() == m.files and np.array_equal(rows.time_ms, m.time_ms) and np.allclose(rows.timestamp, (m.time_ms - m.time_ms[0]) / 1000)
+        assert np.array_equal(rows.action_idx.astype(int), m.action_idx)
+        states = m.states or make_state(len(r))
+        for field, columns in dict(position=["position_x", "position_y", "position_z"], rotation=[f"rotation_{a}{b}" for a in "xyz" for b in "xyz"], gear=["gear"],
+                                   wheel_contact=[f"wheel_contact_{w}" for w in ("fl", "fr", "rr", "rl")], rpm=["rpm"], brake=["brake_pedal"]).items():
+            if field in states.known: assert np.array_equal(rows[columns].to_numpy(float), getattr(states, field).reshape(len(r), -1).astype(float)), field
+            else: assert rows[columns].isna().all(axis=None), field
+    assert f.interpolated.isna().sum() == 5 and f.interpolated.sum() == 6 and "steer" not in f and f.gear.dtype == "Int64"
+
+def test_every_broken_folder_is_named_once(tmp_path):
+    for name in ("a", "b", "c", "d"): make(tmp_path / f"t/{name}")
+    (tmp_path / "t/b/manifest.json").write_text("{")
+    entry(2, time_ms=0)(tmp_path / "t/c")
+    edited(lambda d: d["entries"].pop() and None)(tmp_path / "t/d")
+    store = ReplayStore(tmp_path)
+    assert store.problems == [] and len(store) == 4
+    for use in (lambda: store.frames, store.stats):
+        with pytest.raises(ValueError) as e: use()
+        text = str(e.value)
+        assert "3 broken" in text and all(text.count(f"t/{x}/") == 1 for x in "bcd") and "t/a" not in text
+    (tmp_path / "t/a/metadata.json").write_text('{"total_frames": "5"}'); (tmp_path / "t/empty").mkdir(); shutil.copytree(tmp_path / "t/b", tmp_path / "loose")
+    store = ReplayStore(tmp_path)
+    assert len(store) == 3 and len(store.problems) == 3 and [sum(w in p for p in store.problems) for w in ("t/a", "t/empty", "loose")] == [1, 1, 1]
+    with pytest.raises(ValueError, match="3 broken"): store.require_sound()
+    assert "3 broken folders" in repr(store)
+
+def test_numbers_that_the_fast_parser_refuses_are_read(tmp_path):
+    "NaN is no JSON, but the public capture writes it into `meta`."
+    folder = make(tmp_path / "t/r")
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"meta": null', '"meta": [{"time_ms": 7, "margin": NaN}]'))
+    store = ReplayStore(tmp_path)
+    assert len(store.frames) == 5 and len(store.replay("t", "r").labels_sha256()) == 64
+
+def test_labels_hash_the_same_by_both_parsers(tmp_path):
+    folder = make_driven(tmp_path / "t/r")
+    fast = ReplayStore(tmp_path).replay("t", "r").labels_sha256()
+    (folder / "manifest.json").write_text(json.dumps(json.loads((folder / "manifest.json").read_text()), indent=1))
+    assert ReplayStore(tmp_path).replay("t", "r").labels_sha256() == fast
+    entry(3, step=3, time_ms=251)(folder)
+    assert ReplayStore(tmp_path).replay("t", "r").labels_sha256() != fast
+
+def test_reading_tables_keeps_no_manifest_and_leaves_the_collector_on(tmp_path):
+    for i in range(3): make(tmp_path / f"t/r{i}")
+    store = ReplayStore(tmp_path)
+    store.frames, store.stats()
+    assert not any("manifest" in vars(r) for r in store) and gc.isenabled()
+    next(store.columns())  # abandoned halfway
+    assert gc.isenabled()
+
+@pytest.mark.parametrize("seed", range(6))
+def test_running_statistics_are_those_of_all_rows(seed):
+    rng = np.random.default_rng(seed)
+    n, d = int(rng.integers(1, 3000)), int(rng.integers(1, 5))
+    x = rng.normal(rng.normal(0, 1e3, d), rng.lognormal(0, 2, d), (n, d)) if seed % 2 else rng.integers(0, 3, (n, d)).astype(float)
+    stats, cuts = RunningStats(), np.sort(rng.integers(0, n + 1, rng.integers(0, 20)))
+    for part in np.split(x, cuts): stats.update(part)
+    got = stats.result()
+    assert got["count"] == [n] and np.array_equal(got["min"], x.min(0)) and np.array_equal(got["max"], x.max(0))
+    np.testing.assert_allclose(got["mean"], x.mean(0), rtol=1e-9, atol=1e-12); np.testing.assert_allclose(got["std"], x.std(0), rtol=1e-9, atol=1e-9)
+    assert np.array_equal([got[k] for k in QUANTILES], np.quantile(x, list(QUANTILES.values()), axis=0, method="inverted_cdf"))
+
+@pytest.mark.parametrize("order", ["random", "sorted", "reversed", "sawtooth"])
+def test_a_long_stream_keeps_few_rows_and_near_quantiles(order):
+    x = np.random.default_rng(0).normal(size=60_000)
+    x = dict(random=x, sorted=np.sort(x), reversed=-np.sort(-x), sawtooth=np.sort(x).reshape(100, -1).T.ravel())[order]
+    stats = RunningStats(keep=512)
+    for part in np.array_split(x, 131): stats.update(part)
+    assert sum(len(r) for level in stats.levels for r in level) < 10 * 512
+    assert sum(len(r) * 2 ** i for i, level in enumerate(stats.levels) for r in level) == len(x)  # every row is stood for
+    for (k, q), v in zip(QUANTILES.items(), stats.quantiles()[:, 0]): assert abs((x <= v).mean() - q) < 0.014, k
+
+def test_statistics_refuse_what_would_spoil_them():
+    with pytest.raises(AssertionError): RunningStats().update([1.0, np.nan])
+    with pytest.raises(ValueError, match="no values"): RunningStats().result()
+    with pytest.raises(ValueError, match="3 channels among frames of 1"): ImageStats().update(np.zeros((4, 4, 3), np.uint8))
+
+def test_statistics_of_a_store_are_those_of_its_table_and_pixels(tmp_path):
+    make_driven(tmp_path / "t/a"); make(tmp_path / "t/b", size=16); make_driven(tmp_path / "u/a", seed=2, known=("position",))
+    store = ReplayStore(tmp_path)
+    stats, f = store.stats(), store.frames
+    assert set(f) - set(stats.index) == {"track_id", "replay", "episode_index", "frame_index", "file", "step", "capture_timestamp_utc"}
+    for k in stats.index.drop("image"):
+        x = f[k].dropna().to_numpy(float)
+        assert stats.loc[k, "count"] == len(x) and np.allclose(stats.loc[k, ["min", "max", "mean", "std", "q50"]].astype(float),
+                                                               [x.min(), x.max(), x.mean(), x.std(), np.quantile(x, 0.5, method="inverted_cdf")]), k
+    pixels = np.concatenate([r.images().ravel() for r in store]) / 255
+    assert np.allclose(stats.loc["image", ["min", "max", "mean", "std", "q90"]].astype(float), [pixels.min(), pixels.max(), pixels.mean(), pixels.std(), np.quantile(pixels, 0.9, method="inverted_cdf")])
+    assert "image" not in store.stats(images=False).index and isinstance(stats, pd.DataFrame)

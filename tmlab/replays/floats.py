@@ -5,16 +5,22 @@
 # %% auto #0
 __all__ = ['FLOAT_SLICES', 'N_FLOATS', 'PIXEL_FLOATS', 'MARGIN_M', 'ZONES_APART', 'ZONES_AHEAD', 'FLOAT_MEAN', 'FLOAT_STD',
            'COLUMN', 'N_COLUMNS', 'INLINE', 'LINE_BEFORE', 'LINE_AFTER', 'MAX_ZONE_DISTANCE_M', 'MAX_ZONE_M2',
-           'MATERIAL_GROUP', 'NEEDS', 'float_statistics', 'state_columns', 'pack_rows', 'row_fields', 'zone_metres',
-           'squared_distance', 'advance_zone', 'along_axis', 'metres_in_zone', 'follow_zones', 'follow_line',
-           'road_points', 'road_column', 'to_car_frame', 'road_row', 'float_row', 'fill_rows', 'known_floats',
-           'float_vectors']
+           'MATERIAL_GROUP', 'NEEDS', 'SMOOTH', 'DECISION_MS', 'LOST_M', 'float_statistics', 'state_columns',
+           'pack_rows', 'row_fields', 'zone_metres', 'squared_distance', 'advance_zone', 'along_axis', 'metres_in_zone',
+           'follow_zones', 'follow_line', 'road_points', 'road_column', 'to_car_frame', 'road_row', 'float_row',
+           'fill_rows', 'known_floats', 'float_vectors', 'set_back', 'position_in', 'in_set_back', 'interpolate_states',
+           'axis_velocity', 'sample_states', 'walk_line', 'previous_actions', 'recorded_floats', 'capture_floats']
 
 # %% ../../nbs/replays/60_floats.ipynb #3da66eae
 import numpy as np
-from numba import njit, prange
-from ..core.state import SHAPES
-from .actions import ACTIONS
+from numba import njit
+from scipy.interpolate import CubicHermiteSpline
+from scipy.spatial.transform import Rotation, Slerp
+from ..core.state import SHAPES, CarState, make_state
+from .actions import ACTIONS, DECISION_TICKS, FORWARD, hard_labels
+from .gbx import ghost_keys, ghost_states
+from .manifest import meta_states
+from ..tracks.line import ReferenceLine
 
 # %% ../../nbs/replays/60_floats.ipynb #9ee35eaa
 FLOAT_SLICES = dict(mini_race=slice(0, 1), previous_actions=slice(1, 21), wheel_sliding=slice(21, 25), wheel_contact=slice(25, 29),
@@ -217,3 +223,108 @@ def float_vectors(state, line_points=None, zone=None, margin_m=None, previous_ac
     mask = known_floats(state.known, line, previous_actions is not None)
     out[:, ~mask] = FLOAT_MEAN[~mask]
     return out, mask
+
+# %% ../../nbs/replays/60_floats.ipynb #d4a2288e
+def set_back(state):
+    "(n - 1,) bool: steps between samples longer than could be driven, half as long again as at the faster of both ends' speed, and 2 m."
+    fastest_mps, seconds = np.maximum(state.speed[1:], state.speed[:-1]), np.diff(state.time_ms) / 1000
+    return np.linalg.norm(np.diff(state.position, axis=0), axis=1) > 1.5 * fastest_mps * seconds + 2.0
+
+def position_in(time_ms, at_ms):
+    "(index of the sample before, share of the way to the next) of each of `at_ms` (m,)."
+    i = np.clip(np.searchsorted(time_ms, at_ms, side="right") - 1, 0, len(time_ms) - 2)
+    return i, np.clip((at_ms - time_ms[i]) / (time_ms[i + 1] - time_ms[i]), 0, 1)
+
+def in_set_back(state, at_ms):
+    "(m,) bool: times `at_ms` that lie strictly inside a step of `set_back`."
+    i, share = position_in(state.time_ms, np.asarray(at_ms))
+    return set_back(state)[i] & (share > 0) & (share < 1)
+
+SMOOTH = ("velocity", "angular_velocity", "rpm", "wheel_damper")
+
+def interpolate_states(state, at_ms):
+    "`CarState` (m) at times `at_ms` within those of the samples `state`, with the same known fields; inside a `set_back` the sample before is held."
+    state.require("position", "velocity", "rotation", "time_ms")
+    if len(state) < 2: raise ValueError(f"{len(state)} samples: at least two are needed to interpolate")
+    t, at = np.asarray(state.time_ms), np.asarray(at_ms)
+    if len(at) and not t[0] <= at.min() <= at.max() <= t[-1]: raise ValueError(f"times {at.min()} to {at.max()} ms outside the samples, {t[0]} to {t[-1]} ms")
+    (i, share), inside = position_in(t, at), in_set_back(state, at)
+    i, share = np.where(share >= 1, i + 1, i), np.where(inside | (share >= 1), 0.0, share)
+    data = {k: getattr(state, k)[i] for k in state.known}
+    following = np.minimum(i + 1, len(t) - 1)
+    for k in state.known & set(SMOOTH):
+        v, w = getattr(state, k), share.reshape(-1, *[1] * (getattr(state, k).ndim - 1))
+        data[k] = v[i] * (1 - w) + v[following] * w
+    when = np.where(inside, t[i], at)
+    data["position"] = CubicHermiteSpline(t / 1000, state.position, state.velocity)(when / 1000)
+    data["rotation"] = Slerp(t, Rotation.from_matrix(state.rotation))(when).as_matrix()
+    return make_state(len(at), **data | dict(time_ms=at))
+
+# %% ../../nbs/replays/60_floats.ipynb #1638ec6a
+DECISION_MS = 50
+LOST_M = 45.0  # farther from its zone than this, a car is looked for on the whole line
+
+def axis_velocity(state, samples):
+    "World velocity (n, 3) m/s of a ghost's samples, from their speeds along and across the car."
+    return np.einsum("nij,nj->ni", state.rotation, np.stack([samples.side_speed, state.to_car(state.velocity)[:, 1], samples.forward_speed], 1))
+
+def sample_states(source):
+    "(`CarState` of the samples, end of the run in ms) of a `Ghost`, up to its finish where it has one, or of a `CarState`."
+    if isinstance(source, CarState): return source, int(source.time_ms[-1])
+    state = ghost_states(source)
+    if len(state) < 2: raise ValueError(f"the ghost of {source.nickname!r} has {len(state)} samples; no path")
+    state.velocity = axis_velocity(state, source.samples)
+    return state, min(int(state.time_ms[-1]), source.race_time_ms if source.race_time_ms is not None else int(state.time_ms[-1]))
+
+def walk_line(points, state):
+    "Zones and metres (n,) of a recorded path along extended `points`; looked for anew where the car was set back, or left the line and came back elsewhere."
+    position, inside = state.position, points[LINE_BEFORE:-LINE_AFTER]
+    zones, metres = np.empty(len(position), np.int64), np.empty(len(position))
+    stops, a, zone = np.append(np.flatnonzero(set_back(state)) + 1, len(position)), 0, LINE_BEFORE
+    while a < len(position):
+        b = stops[np.searchsorted(stops, a, side="right")]
+        zones[a:b], metres[a:b] = follow_line(points, position[a:b], zone)
+        far = np.linalg.norm(position[a:b] - points[zones[a:b]], axis=1)
+        for i in np.flatnonzero(far > LOST_M):
+            if i and np.linalg.norm(inside - position[a + i], axis=1).min() < 0.7 * far[i]: b = a + i; break
+        if b < len(position): zone = LINE_BEFORE + int(np.linalg.norm(inside - position[b], axis=1).argmin())
+        a = b
+    return zones, metres
+
+def previous_actions(ghost, at_ms):
+    "(n, 5) actions of the five decisions before each of `at_ms` (n,), oldest first; before the start it is forward. None when the ghost holds no inputs."
+    if ghost.inputs is None: return None
+    begins = np.asarray(at_ms)[:, None] - DECISION_MS * np.arange(5, 0, -1)
+    ticks = (begins[..., None] + 10 * np.arange(DECISION_TICKS)).ravel()
+    return np.where(begins < 0, FORWARD, hard_labels(ghost_keys(ghost, ticks)).reshape(begins.shape))
+
+def recorded_floats(source, line, at_ms=None, previous=None):
+    """(floats (n, 184) float32, mask (n, 184) bool, True where known) of a recorded run at times `at_ms` (n,), by default 0, 50, 100, … ms up to its end.
+
+    `source`: a `Ghost`, or a `CarState` of samples in time order; `line`: `ReferenceLine` or its points (N, 3); `previous` (n, 5): action indices, oldest first, by default
+    those of the ghost's inputs. Entries that are not known hold their mean."""
+    samples, end = sample_states(source)
+    at = np.arange(-(-samples.time_ms[0] // DECISION_MS) * DECISION_MS, end + 1, DECISION_MS) if at_ms is None else np.asarray(at_ms)
+    state, inside = interpolate_states(samples, at), in_set_back(samples, at)
+    points = (line if hasattr(line, "extended") else ReferenceLine(line)).extended(LINE_BEFORE, LINE_AFTER)
+    zones, metres = walk_line(points, state)
+    if previous is None and not isinstance(source, CarState): previous = previous_actions(source, at)
+    floats, known = float_vectors(state, points, zones, zone_metres(points)[len(points) - LINE_AFTER] - metres, previous)
+    mask = known & ~(inside[:, None] & (np.arange(N_FLOATS) > 20))
+    return np.where(mask, floats, FLOAT_MEAN), mask
+
+# %% ../../nbs/replays/60_floats.ipynb #4569b100
+def capture_floats(man):
+    "(floats (n, 184) float32, mask (n, 184) bool, times (n,) ms) of each sample of a `Manifest`'s `meta`, actions from its 10 ms timeline; ValueError without `meta`."
+    if not man.meta: raise ValueError(f"{man.folder / 'manifest.json'}: no `meta`, so no floats; where the Replay.Gbx is at hand use recorded_floats")
+    state = meta_states(man.meta)
+    at, timeline = state.time_ms, man.actions if man.actions and man.metadata.get("step_ms", 10) == 10 else None
+    begins = at[:, None] - DECISION_MS * np.arange(5, 0, -1)
+    previous = None
+    if timeline is not None and len(timeline) > max(begins.max() // 10, 0):
+        ticks = np.clip(begins[..., None] // 10 + np.arange(DECISION_TICKS), 0, len(timeline) - 1)
+        previous = np.where(begins < 0, FORWARD, hard_labels(ACTIONS[np.asarray(timeline)[ticks.ravel()]]).reshape(begins.shape))
+    floats, known = float_vectors(state, previous_actions=previous)
+    for k, part in dict(gear_and_wheels=slice(21, 53), zone_centers_in_car_frame=slice(62, 182), margin=slice(182, 183), is_freewheeling=slice(183, 184)).items():
+        if k in man.meta[0]: floats[:, part], known[part] = np.array([m[k] for m in man.meta]).reshape(len(at), -1), True
+    return floats, np.tile(known, (len(at), 1)), at

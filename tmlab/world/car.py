@@ -527,5 +527,5 @@ def new_cars(n, columns=N_CAR): return np.zeros((n, columns))
 def car_states(rows):
     "`CarState` of rows; every field is known."
     fields = row_fields(rows)
-    for k in ("time_ms", "progress_m"): fields[k] = np.round(fields[k]) if k == "time_ms" else fields[k]
+    fields["time_ms"] = np.round(fields["time_ms"])
     return make_state(len(rows), **fields)
