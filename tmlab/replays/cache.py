@@ -258,7 +258,9 @@ def build_cache(root, out, image_size=64, n_stack=1, val_fraction=0.0, seed=42, 
             complete_partial(out / PARTIAL, store, plan, params, lines)
         except Exception: remove(out / PARTIAL); raise
         roll_forward(out)
-        return CacheInfo(out, True, reason, read_cache_meta(out))
+        meta = read_cache_meta(out)
+        write_json(out / STAT, read_json(out / STAT) | {name: files_stat(out / name) for name in meta["arrays"]})  # moving them changed their change time
+        return CacheInfo(out, True, reason, meta)
 
 @contextmanager
 def only_builder(out):
