@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['CELL_M', 'FLOOR', 'FOOTPRINTS', 'SCENERY', 'GROUND', 'BORDER', 'DRIVEN', 'KINDS', 'STEP_M', 'HEIGHT_SD_M', 'SLOPE_SD',
-           'BEND_SD_M', 'OUTLIER_M', 'RULES', 'LEAST_SAMPLES', 'REACH_M', 'BELOW_M', 'ABOVE_M', 'WHEELS_M', 'Fit',
-           'NOTHING', 'LEARNT', 'EXTENDED', 'ROAD_HALF_M', 'TABLE_VERSION', 'GATES', 'ROAD_M', 'PLATFORM_M', 'RING_M',
-           'Surface', 'footprint', 'block_kind', 'block_table', 'fold', 'unfold', 'turn', 'overlaps', 'with_floor',
+           'BEND_SD_M', 'OUTLIER_M', 'RULES', 'LEAST_SAMPLES', 'MOST_ERROR_M', 'REACH_M', 'BELOW_M', 'ABOVE_M',
+           'WHEELS_M', 'Fit', 'NOTHING', 'LEARNT', 'EXTENDED', 'ROAD_HALF_M', 'TABLE_VERSION', 'GATES', 'ROAD_M',
+           'PLATFORM_M', 'GROUND_M', 'RING_M', 'Surface', 'SIDE_STEP_M', 'SIDE_RISE_M', 'HOLE_M', 'EVEN_OUT',
+           'footprint', 'block_kind', 'block_table', 'fold', 'unfold', 'turn', 'overlaps', 'with_floor',
            'rule_coordinates', 'node_counts', 'interpolation', 'bending', 'height_and_slope', 'quantile', 'fit_rule',
-           'fit_simplest', 'on_ground', 'fold_runs', 'only_candidate', 'fit_block', 'reach', 'misfit', 'assign_and_fit',
-           'Shape', 'on_road', 'node_materials', 'block_shape', 'BlockShapes', 'learn_blocks', 'shapes_of', 'Placed',
-           'look_up', 'placeholder_m', 'placeholder', 'shape_mesh', 'place_blocks']
+           'fit_simplest', 'on_ground', 'apart', 'fold_runs', 'only_candidate', 'fit_block', 'reach', 'misfit',
+           'assign_and_fit', 'Shape', 'on_road', 'node_materials', 'block_shape', 'BlockShapes', 'learn_blocks',
+           'shapes_of', 'Placed', 'look_up', 'placeholder_m', 'placeholder', 'shape_mesh', 'place_blocks', 'sideways',
+           'track_from_map']
 
-# %% ../../nbs/tracks/80_blocks.ipynb #cd05e204
+# %% ../../nbs/tracks/80_blocks.ipynb #ddd9f211
 import json, re
 from collections import namedtuple
 from dataclasses import dataclass
@@ -25,11 +27,10 @@ from scipy.sparse.linalg import spsolve
 from scipy.spatial import cKDTree
 from ..core.runs import atomic_path
 from ..core.state import concat_states
-from .geometry import GRASS, ROAD, VERGE, locate, road_from_mesh
-from .line import ReferenceLine, check_points, resample
-from .track import Track
+from .geometry import ASPHALT, build_road, locate
+from .track import Track, blur
 
-# %% ../../nbs/tracks/80_blocks.ipynb #99bb592b
+# %% ../../nbs/tracks/80_blocks.ipynb #92b81d29
 CELL_M = np.array([32.0, 8.0, 32.0])
 FLOOR = "StadiumGrass"  # what lies in every cell without a block at height 0
 
@@ -62,7 +63,7 @@ def block_table(blocks):
     b[["nx", "nz"]] = np.array([footprint(n) for n in b["name"]])
     return b
 
-# %% ../../nbs/tracks/80_blocks.ipynb #82ce5cce
+# %% ../../nbs/tracks/80_blocks.ipynb #d813c21f
 def fold(points, b):
     "World positions (n, 3) in block coordinates of the rows `b` (n) of a block table, m."
     x, y, z = (np.asarray(points) - b[["x", "y", "z"]].to_numpy() * CELL_M).T
@@ -100,7 +101,7 @@ def with_floor(b, points):
     x, z = np.array([c for c in map(tuple, cells) if c not in taken], np.int64).reshape(-1, 2).T
     return pd.concat([b, pd.DataFrame(dict(name=FLOOR, x=x, y=0, z=z, rotation=0, shape=FLOOR, nx=1, nz=1))], ignore_index=True)
 
-# %% ../../nbs/tracks/80_blocks.ipynb #854d0ebc
+# %% ../../nbs/tracks/80_blocks.ipynb #83f2aa44
 STEP_M = 2.0  # between nodes
 HEIGHT_SD_M, SLOPE_SD, BEND_SD_M, OUTLIER_M = .05, .06, .10, .4
 RULES = [["level"], ["along", "across"], ["corner0", "corner1", "corner2", "corner3"], ["free"]]
@@ -141,7 +142,7 @@ def height_and_slope(rule, size, x, z):
     over = lambda m, d: sparse.diags(1 / d) @ m
     return f(x, z), over(f(x1, z) - f(x0, z), x1 - x0), over(f(x, z1) - f(x, z0), z1 - z0)
 
-# %% ../../nbs/tracks/80_blocks.ipynb #8c817c3e
+# %% ../../nbs/tracks/80_blocks.ipynb #2a947a2c
 def quantile(values, weight, q):
     "The value below which a share `q` of the weight lies."
     order = np.argsort(values)
@@ -151,10 +152,11 @@ def fit_rule(local, slope, weight, rule, size):
     "(node heights, error of each height m, of each slope) of the surface of this rule through `local` (n, 3) with slopes (n, 2); outliers are left out."
     A, X, Z = height_and_slope(rule, size, local[:, 0], local[:, 2])
     B, y, keep = bending(node_counts(rule, size)) / BEND_SD_M, local[:, 1], np.ones(len(local), bool)
+    stiff = B.T @ B + 1e-12 * sparse.identity(A.shape[1])
     for _ in range(3):
-        h, s = (sparse.diags(keep * np.sqrt(weight) / sd) for sd in (HEIGHT_SD_M, SLOPE_SD))
-        M = sparse.vstack([h @ A, s @ X, s @ Z, B, 1e-6 * sparse.identity(A.shape[1])]).tocsc()
-        p = np.atleast_1d(spsolve((M.T @ M).tocsc(), M.T @ np.concatenate([h @ y, s @ slope[:, 0], s @ slope[:, 1], np.zeros(B.shape[0] + A.shape[1])])))
+        weighted = [m.T.multiply(keep * weight / sd ** 2).tocsr() for m, sd in ((A, HEIGHT_SD_M), (X, SLOPE_SD), (Z, SLOPE_SD))]
+        normal = stiff + weighted[0] @ A + weighted[1] @ X + weighted[2] @ Z
+        p = np.atleast_1d(spsolve(normal.tocsc(), weighted[0] @ y + weighted[1] @ slope[:, 0] + weighted[2] @ slope[:, 1]))
         error = y - A @ p
         keep = np.abs(error - quantile(error, weight, .5)) < OUTLIER_M
     return p, np.abs(error), np.hypot(slope[:, 0] - X @ p, slope[:, 1] - Z @ p)
@@ -162,18 +164,18 @@ def fit_rule(local, slope, weight, rule, size):
 def fit_simplest(local, slope, weight, size):
     "(rule, node heights, height error m of 80 % of the weight) of the simplest rule that explains the points, `free` when none does."
     for group in RULES:
-        if group[0] == "corner0" and size[0] != size[1]: continue
+        if group[0] == "corner0" and not size[0] == size[1] > 1: continue
         tried = []
         for rule in group:
             p, e, s = fit_rule(local, slope, weight, rule, size)
             e, s = quantile(e, weight, .8), quantile(s, weight, .8)
-            tried.append((e > .18 or s > .12, e / HEIGHT_SD_M + s / SLOPE_SD, rule, p, e))
+            tried.append((e > .15 or s > .10, e / HEIGHT_SD_M + s / SLOPE_SD, rule, p, e))
         failed, _, *found = min(tried, key=lambda t: t[:2])
         if not failed: break
     return found
 
-# %% ../../nbs/tracks/80_blocks.ipynb #a4b397f9
-LEAST_SAMPLES = 3  # of a block, to say anything about it
+# %% ../../nbs/tracks/80_blocks.ipynb #7d4deb53
+LEAST_SAMPLES, MOST_ERROR_M = 3, .3  # a block with fewer positions, or with more than one surface, stays unknown
 REACH_M, BELOW_M, ABOVE_M = 8.0, 2.0, 26.0  # m: how far a fit may extend, and how far from its base a block's surface may be
 WHEELS_M = np.array([[.9, 0, 1.8], [-.9, 0, 1.8], [-.9, 0, -1.4], [.9, 0, -1.4]])  # in the car's frame; from where materials change under each wheel
 
@@ -182,14 +184,18 @@ def on_ground(states):
     states.require("position", "rotation", "wheel_contact", "wheel_material")
     return states[states.wheel_contact.all(axis=1)]
 
+def apart(points, step_m=0.5):
+    "Indices of the first of the positions (n, 3) in each cube of `step_m`: a car that stands tells no more than one that passes."
+    return np.sort(np.unique(np.floor(np.asarray(points) / step_m), axis=0, return_index=True)[1])
+
 def fold_runs(maps):
     "A row for each position on the ground and each block in reach of it, for `maps`, a list of (blocks, [`CarState` of each run])."
     out, first = [], 0
     for k, (blocks, runs) in enumerate(maps):
         grounded = [on_ground(r) for r in runs]
+        grounded = [s[apart(s.position)] for s in grounded]
         s, run = concat_states(grounded), np.repeat(np.arange(len(runs)), [len(r) for r in grounded])
         b = with_floor(block_table(blocks), s.position)
-        b = b[b["shape"].map(block_kind) != SCENERY]
         i, j = overlaps(s.position, b)
         at = b.iloc[j]
         local, up = fold(s.position[i], at), turn(s.rotation[i][:, :, 1], at["rotation"])
@@ -214,12 +220,10 @@ def only_candidate(rows):
 Fit = namedtuple("Fit", "size rule nodes error_m seen rows")
 
 def fit_block(name, rows):
-    "`Fit` of one block's surface to its rows, at most one position of a run in half a metre."
-    half_metres = (rows[["x", "z"]] * 2).round().assign(run=rows["run"])
-    t, size = rows[~half_metres.duplicated()], footprint(name)
-    weight = 1 / t.groupby("map")["map"].transform("size").to_numpy()
-    rule, nodes, error = fit_simplest(t[["x", "y", "z"]].to_numpy(), t[["slope_x", "slope_z"]].to_numpy(), weight / weight.mean(), size)
-    return Fit(size, rule, nodes, error, t[["x", "z"]].to_numpy(), rows)
+    "`Fit` of one block's surface to its rows, each map with the same weight."
+    size, weight = footprint(name), 1 / rows.groupby("map")["map"].transform("size").to_numpy()
+    rule, nodes, error = fit_simplest(rows[["x", "y", "z"]].to_numpy(), rows[["slope_x", "slope_z"]].to_numpy(), weight / weight.mean(), size)
+    return Fit(size, rule, nodes, error, rows[["x", "z"]].to_numpy(), rows)
 
 def reach(fit, x, z):
     "Metres from (x, z) to the next position seen, in the coordinates of the rule."
@@ -245,7 +249,7 @@ def assign_and_fit(rows, memo=None, most=8):
             key = name, g[["x", "y", "z"]].to_numpy().tobytes()
             if len(g) < LEAST_SAMPLES: continue
             if key not in memo: memo[key] = fit_block(name, g)
-            fits[name] = memo[key]
+            if memo[key].error_m < MOST_ERROR_M: fits[name] = memo[key]
         if before == (before := {n: len(f.rows) for n, f in fits.items()}): break
         height, slope, far = misfit(rows, fits)
         good = (height < .35) & (slope < .2) & (far < REACH_M)
@@ -255,7 +259,7 @@ def assign_and_fit(rows, memo=None, most=8):
         use = pd.concat([hit, new])
     return fits
 
-# %% ../../nbs/tracks/80_blocks.ipynb #f3764984
+# %% ../../nbs/tracks/80_blocks.ipynb #d8c17e28
 NOTHING, LEARNT, EXTENDED = range(3)
 ROAD_HALF_M = 13.0
 
@@ -312,7 +316,7 @@ def block_shape(name, fit):
     height = np.where(evidence > 0, height.reshape(shape), 0).round(2).astype(np.float32)
     return Shape(fit.size, fit.rule, height, material * (evidence > 0), evidence, len(fit.rows), fit.rows["run"].nunique(), fit.rows["map"].nunique(), round(float(fit.error_m), 3))
 
-# %% ../../nbs/tracks/80_blocks.ipynb #613c6e07
+# %% ../../nbs/tracks/80_blocks.ipynb #5f7fdd9a
 TABLE_VERSION = 1
 
 class BlockShapes(dict):
@@ -354,21 +358,25 @@ def learn_blocks(maps, memo=None):
     "`BlockShapes` of everything that was driven on in `maps`, a list of (blocks, [`CarState` of each run]); ValueError without a position on the ground."
     return shapes_of(assign_and_fit(fold_runs(maps), memo))
 
-def shapes_of(fits): return BlockShapes({name: block_shape(name, fit) for name, fit in sorted(fits.items())})
+def shapes_of(fits):
+    "`BlockShapes` of {name: `Fit`}; scenery only where two maps agree that it can be driven on."
+    told = {n: f for n, f in sorted(fits.items()) if block_kind(n) != SCENERY or f.rows["map"].nunique() > 1}
+    return BlockShapes({name: block_shape(name, fit) for name, fit in told.items()})
 
-# %% ../../nbs/tracks/80_blocks.ipynb #e3d6503d
+# %% ../../nbs/tracks/80_blocks.ipynb #c92ab9a9
 GATES = {"start": ("StartLine|StartFinishLine", 11.2), "checkpoint": ("Checkpoint", 13.3), "finish": ("FinishLine", 9.3)}  # blocks, m along them
-ROAD_M, PLATFORM_M, RING_M = 1.37, 8.02, 6.5  # m over the base: where roads and platforms are level, and the middle of a checkpoint in the air
+ROAD_M, PLATFORM_M, GROUND_M, RING_M = 1.37, 8.02, 9.02, 6.5  # m over the base: where roads, platforms, grass and dirt are level, and where cars pass a checkpoint in the air
 
 Surface = namedtuple("Surface", "height normal material known block")  # (n,) m, (n, 3), (n,), (n,) bool, (n,) row of the blocks; NaN, 0, False and −1 where nothing is
 
 class Placed:
-    "A map's blocks as one surface: `blocks` (table with `known`), `gates` (table: kind, x, y, z, direction_x, direction_z, name), `unknown` (names of driven blocks without a shape, with counts)."
+    """A map's blocks as one surface: `blocks` (table with `known`), `gates` (table: kind, x, y, z, direction_x, direction_z, name), and names with counts of
+    the blocks without a shape: `unknown`, which have a placeholder, and `scenery`, which has none."""
     def __init__(self, blocks, shapes):
         self.shapes, b = shapes, block_table(blocks)
         self.blocks = b.assign(known=b["shape"].isin(shapes), kind=b["shape"].map(block_kind))
-        driven = self.blocks[(self.blocks["kind"] != SCENERY) & ~self.blocks["known"]]
-        self.unknown = driven["shape"].value_counts()
+        new = self.blocks[~self.blocks["known"]]
+        self.unknown, self.scenery = (new["shape"][(new["kind"] == SCENERY) == is_scenery].value_counts() for is_scenery in (False, True))
         self.gates = pd.concat([self.gates_of(*kind) for kind in GATES.items()], ignore_index=True)
         for kind in ("start", "finish"):
             if kind not in set(self.gates["kind"]): raise ValueError(f"blocks: the map has no {kind} block; it cannot be raced")
@@ -404,11 +412,23 @@ class Placed:
         out.normal[i] = normal / np.linalg.norm(normal, axis=1, keepdims=True)
         return out
 
+    def agreement(self, states):
+        """How a run fits: shares of its positions on the ground `near` (within 1 m of a known surface), `agreeing` (there, and the car's up within 10° of its normal) and `off` (nothing within 4 m), and
+        the share of wheels of the near ones whose `material` is that of the surface under them."""
+        s = on_ground(states)
+        at = self.surface(*s.position[:, [0, 2, 1]].T)
+        off_m = np.abs(at.height - s.position[:, 1])
+        near = at.known & (off_m <= 1)
+        upright = np.einsum("ni,ni->n", at.normal, s.rotation[:, :, 1]) >= np.cos(np.radians(10))
+        same = [self.surface(*(s.position + s.rotation @ w)[:, [0, 2, 1]].T).material == s.wheel_material[:, k] for k, w in enumerate(WHEELS_M)]
+        return dict(positions=len(s), near=near.mean(), agreeing=(near & upright).mean(), material=np.mean(same, axis=0)[near].mean() if near.any() else 0.0, off=(~(off_m <= 4)).mean(),
+                    median_m=float(np.median(off_m[near])) if near.any() else np.nan)
+
     def mesh(self, placeholders=False):
         "(vertices (V, 3) m, triangles (F, 3) counter-clockwise seen from above, materials (F,), blocks (F,)) of what is known and, if asked for, of the placeholders; without the floor."
         parts, first = [], 0
         for row, (shape, known, kind) in enumerate(zip(self.blocks["shape"], self.blocks["known"], self.blocks["kind"])):
-            if kind == SCENERY or not (known or placeholders): continue
+            if not known and (kind == SCENERY or not placeholders): continue
             v, f, m = shape_mesh(self.shapes[shape] if known else placeholder(shape, self.blocks.iloc[row]))
             parts.append((unfold(v, self.blocks.iloc[[row] * len(v)]), f + first, m, np.full(len(f), row)))
             first += len(v)
@@ -422,15 +442,17 @@ def look_up(shapes, at, local):
         if name in shapes:
             h, *rest = shapes[name].at(local[i, 0], local[i, 2])
             out[:, i] = np.where(rest[2] == NOTHING, np.inf, h), *rest
-        elif block_kind(name) != SCENERY: out[0, i], out[4, i] = placeholder_m(name), 16
+        elif block_kind(name) != SCENERY: out[0, i], out[4, i] = placeholder_m(name), ASPHALT
     return out
 
-def placeholder_m(name): return ROAD_M if re.search("Stadium(Road|Hole|Ramp|Bump|Stretch|Loop)", name) else PLATFORM_M
+def placeholder_m(name):
+    "Height, m over its base, at which blocks of this family are level."
+    return GROUND_M if block_kind(name) == GROUND else ROAD_M if re.search("Stadium(Road|Hole|Ramp|Bump|Stretch|Loop)", name) else PLATFORM_M
 
 def placeholder(name, block):
     "A flat `Shape` for a block that is not known."
     shape = block["nx"] + 1, block["nz"] + 1  # corners only
-    return Shape((block["nx"], block["nz"]), "level", np.full(shape, placeholder_m(name)), np.full(shape, 16, np.uint8), np.full(shape, EXTENDED, np.uint8), 0, 0, 0, np.nan)
+    return Shape((block["nx"], block["nz"]), "level", np.full(shape, placeholder_m(name)), np.full(shape, ASPHALT, np.uint8), np.full(shape, EXTENDED, np.uint8), 0, 0, 0, np.nan)
 
 def shape_mesh(shape):
     "(vertices in block coordinates, triangles, materials) of a `Shape`, where all corners of a square have evidence."
@@ -446,3 +468,35 @@ def shape_mesh(shape):
 def place_blocks(blocks, shapes=None):
     "`Placed` of a map's block table (name, x, y, z, rotation, flags); ValueError for a map that is not of Stadium, has no start or finish, or is broken."
     return Placed(blocks, BlockShapes.load() if shapes is None else shapes)
+
+# %% ../../nbs/tracks/80_blocks.ipynb #9d39febb
+SIDE_STEP_M, SIDE_RISE_M, HOLE_M, EVEN_OUT = 1.0, .6, 1.5, 20  # m; the steepest bank, m per step; how far from the line its road may be; sections
+
+def sideways(placed, centre, left, near_y, on_floor, reach_m):
+    "Metres (N,) to the `left` of the points `centre` (N, 3) to which a known surface goes on without a step, and its height there."
+    extent, height, going = np.zeros(len(centre)), near_y.copy(), np.ones(len(centre), bool)
+    for x in np.arange(SIDE_STEP_M, reach_m + 1e-9, SIDE_STEP_M):
+        at = placed.surface(*(centre + x * left)[:, [0, 2]].T, height)
+        going &= at.known & (np.abs(at.height - height) < SIDE_RISE_M) & ((at.block >= 0) | on_floor)
+        extent[going], height[going] = x, at.height[going]
+    return extent, height
+
+def track_from_map(placed, points, id=None, reach_m=32.0):
+    "`Track` on a `Placed` map along driven `points` (N, 3), a `ReferenceLine` or one finished run, at most `reach_m` wide to each side; ValueError where little known lies under them."
+    base = Track.from_line(points, id=id, source="map")
+    c, left = base.road.centre.copy(), base.road.left.copy()
+    at = placed.surface(*c[:, [0, 2, 1]].T)
+    here = at.known & (np.abs(at.height - c[:, 1]) < HOLE_M)
+    if here.mean() < .3: raise ValueError(f"track {base.id}: only {here.mean():.0%} of the line lies on known blocks of this map; is it a line of this map? unknown: {list(placed.unknown.index[:5])}")
+    c[:, 1] = np.where(here, at.height, c[:, 1])
+    floor = at.block < 0
+    (to_left, high), (to_right, low) = sideways(placed, c, left, c[:, 1], floor, reach_m), sideways(placed, c, -left, c[:, 1], floor, reach_m)
+    even = lambda a: blur(np.asarray(a, np.float64)[:, None], EVEN_OUT)[:, 0]
+    middle, half = even(np.where(here, (to_left - to_right) / 2, 0)), np.where(here, (to_left + to_right) / 2, 1.0)
+    half = even(np.clip(half + SIDE_STEP_M / 2, 3.0, None))
+    bank = np.where(here & (to_left + to_right > 2), np.arctan2(high - low, np.maximum(to_left + to_right, 1)), 0)
+    road = build_road(c + left * middle[:, None] + np.array([0, 1.0, 0]) * (np.tan(even(bank)) * middle)[:, None], half, 0.0, bank=even(bank), gap=~here, surface=np.where(here, at.material, ASPHALT))
+    along = lambda p: float(locate(road.centre, road.tangent, road.left, road.up, road.s, road.half_width, road.verge, 0, len(road), *p, -1)[1])
+    start, finish = along(base.line.points[0]), along((base.line.points[-1] + base.line.points[-2]) / 2)
+    gates = sorted(along(p) for p in placed.gates.loc[placed.gates["kind"] == "checkpoint", ["x", "y", "z"]].to_numpy())
+    return Track(base.id, road, base.line, start, finish, np.array([*(g for g in gates if start < g < finish - 1), finish]), "map")
