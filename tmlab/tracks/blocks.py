@@ -14,7 +14,7 @@ __all__ = ['CELL_M', 'FLOOR', 'FOOTPRINTS', 'SCENERY', 'GROUND', 'BORDER', 'DRIV
            'shapes_of', 'Placed', 'look_up', 'placeholder_m', 'placeholder', 'shape_mesh', 'place_blocks', 'sideways',
            'track_from_map']
 
-# %% ../../nbs/tracks/80_blocks.ipynb #ddd9f211
+# %% ../../nbs/tracks/80_blocks.ipynb #0b6384e7
 import json, re
 from collections import namedtuple
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from ..core.state import concat_states
 from .geometry import ASPHALT, build_road, locate
 from .track import Track, blur
 
-# %% ../../nbs/tracks/80_blocks.ipynb #92b81d29
+# %% ../../nbs/tracks/80_blocks.ipynb #8e769619
 CELL_M = np.array([32.0, 8.0, 32.0])
 FLOOR = "StadiumGrass"  # what lies in every cell without a block at height 0
 
@@ -63,7 +63,7 @@ def block_table(blocks):
     b[["nx", "nz"]] = np.array([footprint(n) for n in b["name"]])
     return b
 
-# %% ../../nbs/tracks/80_blocks.ipynb #d813c21f
+# %% ../../nbs/tracks/80_blocks.ipynb #0d0441d8
 def fold(points, b):
     "World positions (n, 3) in block coordinates of the rows `b` (n) of a block table, m."
     x, y, z = (np.asarray(points) - b[["x", "y", "z"]].to_numpy() * CELL_M).T
@@ -101,7 +101,7 @@ def with_floor(b, points):
     x, z = np.array([c for c in map(tuple, cells) if c not in taken], np.int64).reshape(-1, 2).T
     return pd.concat([b, pd.DataFrame(dict(name=FLOOR, x=x, y=0, z=z, rotation=0, shape=FLOOR, nx=1, nz=1))], ignore_index=True)
 
-# %% ../../nbs/tracks/80_blocks.ipynb #83f2aa44
+# %% ../../nbs/tracks/80_blocks.ipynb #ac94db8f
 STEP_M = 2.0  # between nodes
 HEIGHT_SD_M, SLOPE_SD, BEND_SD_M, OUTLIER_M = .05, .06, .10, .4
 RULES = [["level"], ["along", "across"], ["corner0", "corner1", "corner2", "corner3"], ["free"]]
@@ -142,7 +142,7 @@ def height_and_slope(rule, size, x, z):
     over = lambda m, d: sparse.diags(1 / d) @ m
     return f(x, z), over(f(x1, z) - f(x0, z), x1 - x0), over(f(x, z1) - f(x, z0), z1 - z0)
 
-# %% ../../nbs/tracks/80_blocks.ipynb #2a947a2c
+# %% ../../nbs/tracks/80_blocks.ipynb #c47b45ee
 def quantile(values, weight, q):
     "The value below which a share `q` of the weight lies."
     order = np.argsort(values)
@@ -152,11 +152,11 @@ def fit_rule(local, slope, weight, rule, size):
     "(node heights, error of each height m, of each slope) of the surface of this rule through `local` (n, 3) with slopes (n, 2); outliers are left out."
     A, X, Z = height_and_slope(rule, size, local[:, 0], local[:, 2])
     B, y, keep = bending(node_counts(rule, size)) / BEND_SD_M, local[:, 1], np.ones(len(local), bool)
-    stiff = B.T @ B + 1e-12 * sparse.identity(A.shape[1])
+    stiff, solve = B.T @ B + 1e-12 * sparse.identity(A.shape[1]), lambda m, v: spsolve(m.tocsc(), v)
+    if A.shape[1] < 200: A, X, Z, stiff, solve = A.toarray(), X.toarray(), Z.toarray(), stiff.toarray(), np.linalg.solve
     for _ in range(3):
-        weighted = [m.T.multiply(keep * weight / sd ** 2).tocsr() for m, sd in ((A, HEIGHT_SD_M), (X, SLOPE_SD), (Z, SLOPE_SD))]
-        normal = stiff + weighted[0] @ A + weighted[1] @ X + weighted[2] @ Z
-        p = np.atleast_1d(spsolve(normal.tocsc(), weighted[0] @ y + weighted[1] @ slope[:, 0] + weighted[2] @ slope[:, 1]))
+        a, b, c = (m.T @ sparse.diags(keep * weight / sd ** 2) for m, sd in ((A, HEIGHT_SD_M), (X, SLOPE_SD), (Z, SLOPE_SD)))
+        p = solve(stiff + a @ A + b @ X + c @ Z, a @ y + b @ slope[:, 0] + c @ slope[:, 1])
         error = y - A @ p
         keep = np.abs(error - quantile(error, weight, .5)) < OUTLIER_M
     return p, np.abs(error), np.hypot(slope[:, 0] - X @ p, slope[:, 1] - Z @ p)
@@ -174,7 +174,7 @@ def fit_simplest(local, slope, weight, size):
         if not failed: break
     return found
 
-# %% ../../nbs/tracks/80_blocks.ipynb #7d4deb53
+# %% ../../nbs/tracks/80_blocks.ipynb #baa4e935
 LEAST_SAMPLES, MOST_ERROR_M = 3, .3  # a block with fewer positions, or with more than one surface, stays unknown
 REACH_M, BELOW_M, ABOVE_M = 8.0, 2.0, 26.0  # m: how far a fit may extend, and how far from its base a block's surface may be
 WHEELS_M = np.array([[.9, 0, 1.8], [-.9, 0, 1.8], [-.9, 0, -1.4], [.9, 0, -1.4]])  # in the car's frame; from where materials change under each wheel
@@ -184,7 +184,7 @@ def on_ground(states):
     states.require("position", "rotation", "wheel_contact", "wheel_material")
     return states[states.wheel_contact.all(axis=1)]
 
-def apart(points, step_m=0.5):
+def apart(points, step_m=1.0):
     "Indices of the first of the positions (n, 3) in each cube of `step_m`: a car that stands tells no more than one that passes."
     return np.sort(np.unique(np.floor(np.asarray(points) / step_m), axis=0, return_index=True)[1])
 
@@ -259,7 +259,7 @@ def assign_and_fit(rows, memo=None, most=8):
         use = pd.concat([hit, new])
     return fits
 
-# %% ../../nbs/tracks/80_blocks.ipynb #d8c17e28
+# %% ../../nbs/tracks/80_blocks.ipynb #1d4eab5d
 NOTHING, LEARNT, EXTENDED = range(3)
 ROAD_HALF_M = 13.0
 
@@ -316,7 +316,7 @@ def block_shape(name, fit):
     height = np.where(evidence > 0, height.reshape(shape), 0).round(2).astype(np.float32)
     return Shape(fit.size, fit.rule, height, material * (evidence > 0), evidence, len(fit.rows), fit.rows["run"].nunique(), fit.rows["map"].nunique(), round(float(fit.error_m), 3))
 
-# %% ../../nbs/tracks/80_blocks.ipynb #5f7fdd9a
+# %% ../../nbs/tracks/80_blocks.ipynb #7b099edd
 TABLE_VERSION = 1
 
 class BlockShapes(dict):
@@ -363,7 +363,7 @@ def shapes_of(fits):
     told = {n: f for n, f in sorted(fits.items()) if block_kind(n) != SCENERY or f.rows["map"].nunique() > 1}
     return BlockShapes({name: block_shape(name, fit) for name, fit in told.items()})
 
-# %% ../../nbs/tracks/80_blocks.ipynb #c92ab9a9
+# %% ../../nbs/tracks/80_blocks.ipynb #c8f7f951
 GATES = {"start": ("StartLine|StartFinishLine", 11.2), "checkpoint": ("Checkpoint", 13.3), "finish": ("FinishLine", 9.3)}  # blocks, m along them
 ROAD_M, PLATFORM_M, GROUND_M, RING_M = 1.37, 8.02, 9.02, 6.5  # m over the base: where roads, platforms, grass and dirt are level, and where cars pass a checkpoint in the air
 
@@ -411,6 +411,12 @@ class Placed:
         out.height[i], out.material[i], out.known[i], out.block[i] = height, material, evidence != NOTHING, np.where(row < len(self.blocks), row, -1)
         out.normal[i] = normal / np.linalg.norm(normal, axis=1, keepdims=True)
         return out
+
+    def gates_along(self, line):
+        "The gates in the order in which a `ReferenceLine` passes them, with `line_m`, metres along it, and `distance_m` from it."
+        middles = self.gates[["x", "y", "z"]].to_numpy()
+        metres = line.progress(middles)
+        return self.gates.assign(line_m=metres, distance_m=np.linalg.norm(line.at(metres) - middles, axis=1)).sort_values("line_m", kind="stable", ignore_index=True)
 
     def agreement(self, states):
         """How a run fits: shares of its positions on the ground `near` (within 1 m of a known surface), `agreeing` (there, and the car's up within 10° of its normal) and `off` (nothing within 4 m), and
@@ -469,7 +475,7 @@ def place_blocks(blocks, shapes=None):
     "`Placed` of a map's block table (name, x, y, z, rotation, flags); ValueError for a map that is not of Stadium, has no start or finish, or is broken."
     return Placed(blocks, BlockShapes.load() if shapes is None else shapes)
 
-# %% ../../nbs/tracks/80_blocks.ipynb #9d39febb
+# %% ../../nbs/tracks/80_blocks.ipynb #7d3151ad
 SIDE_STEP_M, SIDE_RISE_M, HOLE_M, EVEN_OUT = 1.0, .6, 1.5, 20  # m; the steepest bank, m per step; how far from the line its road may be; sections
 
 def sideways(placed, centre, left, near_y, on_floor, reach_m):
