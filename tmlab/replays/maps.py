@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DrivenMap', 'read_maps', 'driven', 'unknown_blocks', 'fit_figures', 'leave_one_out', 'learn_folder']
 
-# %% ../../nbs/replays/35_maps.ipynb #f61fb33c
+# %% ../../nbs/replays/35_maps.ipynb #8a676615
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..core.state import CarState, concat_states
 from .gbx import GbxError, MapInfo, ghost_states, read_gbx
 from ..tracks.blocks import SCENERY, assign_and_fit, block_kind, block_table, fold_runs, learn_blocks, place_blocks, shapes_of
 
-# %% ../../nbs/replays/35_maps.ipynb #5cc94506
+# %% ../../nbs/replays/35_maps.ipynb #bc10381a
 @dataclass
 class DrivenMap:
     "A map and the runs on it that the files of a folder hold."
@@ -39,7 +39,7 @@ def driven(maps):
     "[(blocks, runs)] of the maps with runs, as `learn_blocks` takes them."
     return [(m.info.blocks, m.runs) for m in maps.values() if m.runs]
 
-# %% ../../nbs/replays/35_maps.ipynb #cf17b2e9
+# %% ../../nbs/replays/35_maps.ipynb #c14c1a26
 def unknown_blocks(maps, shapes=None):
     "Table of the blocks without a shape over all `maps`: how many, on how many maps, and whether they are scenery (then nothing is put in their place)."
     count, on = Counter(), Counter()
@@ -50,7 +50,7 @@ def unknown_blocks(maps, shapes=None):
         on.update(here.keys())
     return pd.DataFrame([dict(block=n, blocks=k, maps=on[n], scenery=block_kind(n) == SCENERY) for n, k in count.most_common()], columns=["block", "blocks", "maps", "scenery"])
 
-# %% ../../nbs/replays/35_maps.ipynb #2fc8f2b6
+# %% ../../nbs/replays/35_maps.ipynb #aa2b44af
 def fit_figures(maps, shapes=None):
     "Table of `Placed.agreement`, a row for each driven map."
     return pd.DataFrame([dict(map=m.info.plain_name, uid=uid, runs=len(m.runs)) | place_blocks(m.info.blocks, shapes).agreement(concat_states(m.runs)) for uid, m in maps.items() if m.runs])
@@ -68,7 +68,7 @@ def leave_one_out(maps, uids, by="map"):
         out.append(dict(map=m.info.plain_name, uid=uid, runs=len(m.runs), positions=int(weight.sum())) | {c: np.average(figures[c], weights=weight) for c in figures})
     return pd.DataFrame(out)
 
-# %% ../../nbs/replays/35_maps.ipynb #fa9609e8
+# %% ../../nbs/replays/35_maps.ipynb #de20052b
 def learn_folder(*folders):
     "`BlockShapes` learnt from all Stadium replays under `folders`; ValueError without one."
     maps = driven(read_maps(*folders)[0])

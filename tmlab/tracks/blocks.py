@@ -14,7 +14,7 @@ __all__ = ['CELL_M', 'FLOOR', 'FOOTPRINTS', 'SCENERY', 'GROUND', 'BORDER', 'DRIV
            'shapes_of', 'Placed', 'look_up', 'placeholder_m', 'placeholder', 'shape_mesh', 'place_blocks', 'sideways',
            'track_from_map']
 
-# %% ../../nbs/tracks/80_blocks.ipynb #0b6384e7
+# %% ../../nbs/tracks/80_blocks.ipynb #dc189b83
 import json, re
 from collections import namedtuple
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from ..core.state import concat_states
 from .geometry import ASPHALT, build_road, locate
 from .track import Track, blur
 
-# %% ../../nbs/tracks/80_blocks.ipynb #8e769619
+# %% ../../nbs/tracks/80_blocks.ipynb #0195f440
 CELL_M = np.array([32.0, 8.0, 32.0])
 FLOOR = "StadiumGrass"  # what lies in every cell without a block at height 0
 
@@ -63,7 +63,7 @@ def block_table(blocks):
     b[["nx", "nz"]] = np.array([footprint(n) for n in b["name"]])
     return b
 
-# %% ../../nbs/tracks/80_blocks.ipynb #0d0441d8
+# %% ../../nbs/tracks/80_blocks.ipynb #49fc91a1
 def fold(points, b):
     "World positions (n, 3) in block coordinates of the rows `b` (n) of a block table, m."
     x, y, z = (np.asarray(points) - b[["x", "y", "z"]].to_numpy() * CELL_M).T
@@ -101,7 +101,7 @@ def with_floor(b, points):
     x, z = np.array([c for c in map(tuple, cells) if c not in taken], np.int64).reshape(-1, 2).T
     return pd.concat([b, pd.DataFrame(dict(name=FLOOR, x=x, y=0, z=z, rotation=0, shape=FLOOR, nx=1, nz=1))], ignore_index=True)
 
-# %% ../../nbs/tracks/80_blocks.ipynb #ac94db8f
+# %% ../../nbs/tracks/80_blocks.ipynb #d58fee49
 STEP_M = 2.0  # between nodes
 HEIGHT_SD_M, SLOPE_SD, BEND_SD_M, OUTLIER_M = .05, .06, .10, .4
 RULES = [["level"], ["along", "across"], ["corner0", "corner1", "corner2", "corner3"], ["free"]]
@@ -142,7 +142,7 @@ def height_and_slope(rule, size, x, z):
     over = lambda m, d: sparse.diags(1 / d) @ m
     return f(x, z), over(f(x1, z) - f(x0, z), x1 - x0), over(f(x, z1) - f(x, z0), z1 - z0)
 
-# %% ../../nbs/tracks/80_blocks.ipynb #c47b45ee
+# %% ../../nbs/tracks/80_blocks.ipynb #02d0c3d4
 def quantile(values, weight, q):
     "The value below which a share `q` of the weight lies."
     order = np.argsort(values)
@@ -174,7 +174,7 @@ def fit_simplest(local, slope, weight, size):
         if not failed: break
     return found
 
-# %% ../../nbs/tracks/80_blocks.ipynb #baa4e935
+# %% ../../nbs/tracks/80_blocks.ipynb #8f0ce650
 LEAST_SAMPLES, MOST_ERROR_M = 3, .3  # a block with fewer positions, or with more than one surface, stays unknown
 REACH_M, BELOW_M, ABOVE_M = 8.0, 2.0, 26.0  # m: how far a fit may extend, and how far from its base a block's surface may be
 WHEELS_M = np.array([[.9, 0, 1.8], [-.9, 0, 1.8], [-.9, 0, -1.4], [.9, 0, -1.4]])  # in the car's frame; from where materials change under each wheel
@@ -230,19 +230,16 @@ def reach(fit, x, z):
     if fit.rule == "level": return np.zeros(len(x))
     return cKDTree(rule_coordinates(fit.rule, *fit.seen.T, fit.size)).query(rule_coordinates(fit.rule, x, z, fit.size))[0]
 
-def misfit(rows, fits):
-    "(height error m, slope error, metres to evidence) of each row on its block's surface; infinite where there is none."
-    out = np.full((3, len(rows)), np.inf)
+def misfit(rows, fit):
+    "(height error m, slope error, metres to evidence) of each row on the surface of a `Fit`."
     x, y, z, slope_x, slope_z = rows[["x", "y", "z", "slope_x", "slope_z"]].to_numpy().T
-    for name, i in rows.groupby("shape").indices.items():
-        if name not in fits: continue
-        A, X, Z = (m @ fits[name].nodes for m in height_and_slope(fits[name].rule, fits[name].size, x[i], z[i]))
-        out[:, i] = np.abs(y[i] - A), np.hypot(slope_x[i] - X, slope_z[i] - Z), reach(fits[name], x[i], z[i])
-    return out
+    height, rise_x, rise_z = (m @ fit.nodes for m in height_and_slope(fit.rule, fit.size, x, z))
+    return np.stack([np.abs(y - height), np.hypot(slope_x - rise_x, slope_z - rise_z), reach(fit, x, z)])
 
-def assign_and_fit(rows, memo=None, most=8):
+def assign_and_fit(rows, memo=None, most=5):
     "{shape: `Fit`} after positions and blocks have found each other. `memo` keeps fits between calls with nearly the same rows."
-    memo, use, before = {} if memo is None else memo, only_candidate(rows[rows["y"] < 9.7]), None
+    memo, use, before, where = {} if memo is None else memo, only_candidate(rows[rows["y"] < 9.7]), {}, rows.groupby("shape").indices
+    errors = np.full((3, len(rows)), np.inf)
     for _ in range(most):
         fits = {}
         for name, g in use.groupby("shape"):
@@ -250,8 +247,10 @@ def assign_and_fit(rows, memo=None, most=8):
             if len(g) < LEAST_SAMPLES: continue
             if key not in memo: memo[key] = fit_block(name, g)
             if memo[key].error_m < MOST_ERROR_M: fits[name] = memo[key]
-        if before == (before := {n: len(f.rows) for n, f in fits.items()}): break
-        height, slope, far = misfit(rows, fits)
+        changed = [n for n in where if fits.get(n) is not before.get(n)]
+        for name in changed: errors[:, where[name]] = misfit(rows.iloc[where[name]], fits[name]) if name in fits else np.inf
+        if not changed: break
+        (height, slope, far), before = errors, fits
         good = (height < .35) & (slope < .2) & (far < REACH_M)
         cost = pd.Series(height / .3 + slope / .15 - .1 * rows["kind"], rows.index)[good]
         hit = rows.loc[cost.sort_values(kind="stable").index].drop_duplicates("sample").sort_index()
@@ -259,7 +258,7 @@ def assign_and_fit(rows, memo=None, most=8):
         use = pd.concat([hit, new])
     return fits
 
-# %% ../../nbs/tracks/80_blocks.ipynb #1d4eab5d
+# %% ../../nbs/tracks/80_blocks.ipynb #ce078c72
 NOTHING, LEARNT, EXTENDED = range(3)
 ROAD_HALF_M = 13.0
 
@@ -316,7 +315,7 @@ def block_shape(name, fit):
     height = np.where(evidence > 0, height.reshape(shape), 0).round(2).astype(np.float32)
     return Shape(fit.size, fit.rule, height, material * (evidence > 0), evidence, len(fit.rows), fit.rows["run"].nunique(), fit.rows["map"].nunique(), round(float(fit.error_m), 3))
 
-# %% ../../nbs/tracks/80_blocks.ipynb #7b099edd
+# %% ../../nbs/tracks/80_blocks.ipynb #2a6039e6
 TABLE_VERSION = 1
 
 class BlockShapes(dict):
@@ -363,7 +362,7 @@ def shapes_of(fits):
     told = {n: f for n, f in sorted(fits.items()) if block_kind(n) != SCENERY or f.rows["map"].nunique() > 1}
     return BlockShapes({name: block_shape(name, fit) for name, fit in told.items()})
 
-# %% ../../nbs/tracks/80_blocks.ipynb #c8f7f951
+# %% ../../nbs/tracks/80_blocks.ipynb #aa0dee5b
 GATES = {"start": ("StartLine|StartFinishLine", 11.2), "checkpoint": ("Checkpoint", 13.3), "finish": ("FinishLine", 9.3)}  # blocks, m along them
 ROAD_M, PLATFORM_M, GROUND_M, RING_M = 1.37, 8.02, 9.02, 6.5  # m over the base: where roads, platforms, grass and dirt are level, and where cars pass a checkpoint in the air
 
@@ -475,7 +474,7 @@ def place_blocks(blocks, shapes=None):
     "`Placed` of a map's block table (name, x, y, z, rotation, flags); ValueError for a map that is not of Stadium, has no start or finish, or is broken."
     return Placed(blocks, BlockShapes.load() if shapes is None else shapes)
 
-# %% ../../nbs/tracks/80_blocks.ipynb #7d3151ad
+# %% ../../nbs/tracks/80_blocks.ipynb #c364c749
 SIDE_STEP_M, SIDE_RISE_M, HOLE_M, EVEN_OUT = 1.0, .6, 1.5, 20  # m; the steepest bank, m per step; how far from the line its road may be; sections
 
 def sideways(placed, centre, left, near_y, on_floor, reach_m):
