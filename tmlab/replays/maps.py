@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from ..core.state import CarState, concat_states
 from .gbx import GbxError, MapInfo, ghost_states, read_gbx
-from ..tracks.blocks import SCENERY, assign_and_fit, block_kind, block_table, fold_runs, learn_blocks, place_blocks, shapes_of
+from ..tracks.blocks import SCENERY, BlockShapes, assign_and_fit, block_kind, block_table, fold_runs, learn_blocks, place_blocks, shapes_of
 
 # %% ../../nbs/replays/35_maps.ipynb #bc10381a
 @dataclass
@@ -42,7 +42,7 @@ def driven(maps):
 # %% ../../nbs/replays/35_maps.ipynb #c14c1a26
 def unknown_blocks(maps, shapes=None):
     "Table of the blocks without a shape over all `maps`: how many, on how many maps, and whether they are scenery (then nothing is put in their place)."
-    count, on = Counter(), Counter()
+    count, on, shapes = Counter(), Counter(), BlockShapes.load() if shapes is None else shapes
     for m in maps.values():
         placed = place_blocks(m.info.blocks, shapes)
         here = pd.concat([placed.unknown, placed.scenery]).to_dict()

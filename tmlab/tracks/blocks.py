@@ -9,10 +9,10 @@ __all__ = ['CELL_M', 'FLOOR', 'FOOTPRINTS', 'SCENERY', 'GROUND', 'BORDER', 'DRIV
            'PLATFORM_M', 'GROUND_M', 'RING_M', 'Surface', 'SIDE_STEP_M', 'SIDE_RISE_M', 'HOLE_M', 'EVEN_OUT',
            'footprint', 'block_kind', 'block_table', 'fold', 'unfold', 'turn', 'overlaps', 'with_floor',
            'rule_coordinates', 'node_counts', 'interpolation', 'bending', 'height_and_slope', 'quantile', 'fit_rule',
-           'fit_simplest', 'on_ground', 'apart', 'fold_runs', 'only_candidate', 'fit_block', 'reach', 'misfit',
-           'assign_and_fit', 'Shape', 'on_road', 'node_materials', 'block_shape', 'BlockShapes', 'learn_blocks',
-           'shapes_of', 'Placed', 'look_up', 'placeholder_m', 'placeholder', 'shape_mesh', 'place_blocks', 'sideways',
-           'track_from_map']
+           'fit_simplest', 'on_ground', 'apart', 'fold_runs', 'is_paved', 'only_candidate', 'fit_block', 'reach',
+           'misfit', 'assign_and_fit', 'Shape', 'on_road', 'node_materials', 'block_shape', 'BlockShapes',
+           'learn_blocks', 'shapes_of', 'Placed', 'look_up', 'placeholder_m', 'placeholder', 'shape_mesh',
+           'place_blocks', 'sideways', 'track_from_map']
 
 # %% ../../nbs/tracks/80_blocks.ipynb #dc189b83
 import json, re
@@ -27,7 +27,7 @@ from scipy.sparse.linalg import spsolve
 from scipy.spatial import cKDTree
 from ..core.runs import atomic_path
 from ..core.state import concat_states
-from .geometry import ASPHALT, build_road, locate
+from .geometry import ASPHALT, DIRT, GRASS, build_road, locate
 from .track import Track, blur
 
 # %% ../../nbs/tracks/80_blocks.ipynb #0195f440
@@ -199,7 +199,8 @@ def fold_runs(maps):
         i, j = overlaps(s.position, b)
         at = b.iloc[j]
         local, up = fold(s.position[i], at), turn(s.rotation[i][:, :, 1], at["rotation"])
-        keep = (local[:, 1] > -BELOW_M) & (local[:, 1] < ABOVE_M) & (up[:, 1] > .35)
+        loose = np.isin(s.wheel_material, (GRASS, DIRT)).sum(axis=1)[i] > 2  # such a position is beside a paved block, not on it
+        keep = (local[:, 1] > -BELOW_M) & (local[:, 1] < ABOVE_M) & (up[:, 1] > .35) & ~(loose & at["shape"].map(is_paved).to_numpy())
         i, j, local, up, at = i[keep], j[keep], local[keep], up[keep], at[keep]
         rows = pd.DataFrame(dict(shape=at["shape"].to_numpy(), sample=first + i, map=k, run=1000 * k + run[i], block=j, x=local[:, 0], y=local[:, 1], z=local[:, 2],
                                  slope_x=-up[:, 0] / up[:, 1], slope_z=-up[:, 2] / up[:, 1]))
@@ -211,6 +212,10 @@ def fold_runs(maps):
     if not first: raise ValueError("blocks: no run of these maps was on the ground; give replays with samples")
     rows = pd.concat(out, ignore_index=True)
     return rows.assign(kind=rows["shape"].map({n: block_kind(n) for n in rows["shape"].unique()}))
+
+def is_paved(name):
+    "Whether the block's surface is neither dirt nor grass, by its name."
+    return block_kind(name) in (BORDER, DRIVEN) and not re.search("Dirt|Grass", name)
 
 def only_candidate(rows):
     "The rows of positions with one block of the likeliest kind."
