@@ -52,7 +52,8 @@ def block_kind(name):
 def block_table(blocks):
     "Table of a map's blocks with `shape`, the name its surface has, and `nx`, `nz`, its cells; ValueError when a column is missing or the map is not of Stadium."
     missing = [c for c in ("name", "x", "y", "z", "rotation", "flags") if c not in blocks]
-    if missing or not len(blocks["name"]): raise ValueError(f"blocks: {'column ' + missing[0] + ' is missing' if missing else 'the map has none'}; give the table that read_gbx(path).map.blocks holds")
+    why = f"column {missing[0]} is missing" if missing else "" if len(blocks["name"]) else "the map has none"
+    if why: raise ValueError(f"blocks: {why}; give the table that read_gbx(path).map.blocks holds")
     b = pd.DataFrame({k: np.asarray(blocks[k], np.int64) for k in ("x", "y", "z", "rotation")}).assign(name=np.asarray(blocks["name"], object))
     other = [n for n in b["name"] if not n.startswith("Stadium")]
     if other: raise ValueError(f"blocks: {other[0]!r} is not a block of Stadium; the surfaces of other environments are not known")
@@ -200,13 +201,12 @@ def fold_runs(maps):
         at = b.iloc[j]
         local, up = fold(s.position[i], at), turn(s.rotation[i][:, :, 1], at["rotation"])
         loose = np.isin(s.wheel_material, (GRASS, DIRT)).sum(axis=1)[i] > 2  # such a position is beside a paved block, not on it
-        keep = (local[:, 1] > -BELOW_M) & (local[:, 1] < ABOVE_M) & (up[:, 1] > .35) & ~(loose & at["shape"].map(is_paved).to_numpy())
+        keep = (local[:, 1] > -BELOW_M) & (local[:, 1] < ABOVE_M) & (up[:, 1] > .35) & ~(loose & at["shape"].isin([n for n in at["shape"].unique() if is_paved(n)]).to_numpy())
         i, j, local, up, at = i[keep], j[keep], local[keep], up[keep], at[keep]
         rows = pd.DataFrame(dict(shape=at["shape"].to_numpy(), sample=first + i, map=k, run=1000 * k + run[i], block=j, x=local[:, 0], y=local[:, 1], z=local[:, 2],
                                  slope_x=-up[:, 0] / up[:, 1], slope_z=-up[:, 2] / up[:, 1]))
-        for w, offset in enumerate(WHEELS_M):
-            wheel = fold(s.position[i] + s.rotation[i] @ offset, at)
-            rows[[f"wheel_x{w}", f"wheel_z{w}", f"material{w}"]] = np.column_stack([wheel[:, 0], wheel[:, 2], s.wheel_material[i, w]])
+        wheel = [fold(s.position[i] + s.rotation[i] @ offset, at) for offset in WHEELS_M]
+        rows[[f"{c}{w}" for w in range(4) for c in ("wheel_x", "wheel_z", "material")]] = np.column_stack([c for w in range(4) for c in (*wheel[w][:, [0, 2]].T, s.wheel_material[i, w])])
         out.append(rows)
         first += len(s)
     if not first: raise ValueError("blocks: no run of these maps was on the ground; give replays with samples")
@@ -505,7 +505,8 @@ def track_from_map(placed, points, id=None, reach_m=32.0):
     middle, half = even(np.where(here, (to_left - to_right) / 2, 0)), np.where(here, (to_left + to_right) / 2, 1.0)
     half = even(np.clip(half + SIDE_STEP_M / 2, 3.0, None))
     bank = np.where(here & (to_left + to_right > 2), np.arctan2(high - low, np.maximum(to_left + to_right, 1)), 0)
-    road = build_road(c + left * middle[:, None] + np.array([0, 1.0, 0]) * (np.tan(even(bank)) * middle)[:, None], half, 0.0, bank=even(bank), gap=~here, surface=np.where(here, at.material, ASPHALT))
+    c += left * middle[:, None] + np.array([0, 1.0, 0]) * (np.tan(even(bank)) * middle)[:, None]
+    road = build_road(c, half, 0.0, bank=even(bank), gap=~here, surface=np.where(here, at.material, ASPHALT))
     along = lambda p: float(locate(road.centre, road.tangent, road.left, road.up, road.s, road.half_width, road.verge, 0, len(road), *p, -1)[1])
     start, finish = along(base.line.points[0]), along((base.line.points[-1] + base.line.points[-2]) / 2)
     gates = sorted(along(p) for p in placed.gates.loc[placed.gates["kind"] == "checkpoint", ["x", "y", "z"]].to_numpy())
