@@ -1,14 +1,13 @@
 """Map blocks as surfaces: the grid, learning from runs, the table that comes with tmlab, and how it fits the recorded runs of real maps."""
-import configparser, re
-from pathlib import Path
+import re
 import numpy as np
 import pandas as pd
 import pytest
 from tmlab.core.state import concat_states, make_state
-from tmlab.replays.gbx import GbxError, ghost_states, read_gbx
-from tmlab.replays.maps import driven, fit_figures, learn_folder, leave_one_out, read_maps, unknown_blocks
-from tmlab.tracks.blocks import (CELL_M, DRIVEN, EXTENDED, GROUND, LEARNT, NOTHING, SCENERY, BlockShapes, block_kind, block_table, fold, footprint, learn_blocks, on_ground, overlaps,
-                                 place_blocks, track_from_map, unfold)
+from tmlab.replays.gbx import read_gbx
+from tmlab.replays.maps import fit_figures, learn_folder, leave_one_out, read_maps, unknown_blocks
+from tmlab.tracks.blocks import (DRIVEN, EXTENDED, LEARNT, NOTHING, BlockShapes, block_kind, block_table, fold, learn_blocks, on_ground, overlaps, place_blocks, track_from_map,
+                                 unfold)
 from tmlab.tracks.line import ReferenceLine
 from tmlab.tracks.track import Track, follow_road
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core.state import CarState, concat_states
+from ..core.state import concat_states
 from .gbx import GbxError, MapInfo, ghost_states, read_gbx
-from ..tracks.blocks import SCENERY, BlockShapes, assign_and_fit, block_kind, block_table, fold_runs, learn_blocks, place_blocks, shapes_of
+from ..tracks.blocks import SCENERY, BlockShapes, assign_and_fit, block_kind, fold_runs, learn_blocks, place_blocks, shapes_of
 
 # %% ../../nbs/replays/35_maps.ipynb #bc10381a
 @dataclass
