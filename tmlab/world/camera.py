@@ -203,8 +203,8 @@ def scene_of(tracks):
 
 # %% ../../nbs/world/20_camera.ipynb #bee31651
 MOST, LANES = 64, 16  # quads in a batch; quads, and pixels, that are worked on at once
-BOUNDS, INV, U, V, TOP, BOTTOM, NEAREST, PAINTED, HALF_AT, GROWS = 0, 16, 19, 22, 25, 26, 27, 28, 29, 30  # fields of a quad that was set up
-N_SET = 31
+BOUNDS, INV, U, V, TOP, BOTTOM, PAINTED, HALF_AT, GROWS = 0, 20, 23, 26, 29, 30, 31, 32, 33  # fields of a quad that was set up
+N_SET = 34
 
 @njit(**INLINE)
 def at(e, k, field):
@@ -240,14 +240,18 @@ def scaled(a, s): return a[0] * s, a[1] * s, a[2] * s
 def size(a): return f32(math.sqrt(dot(a, a) + f32(1e-12)))
 
 @njit(**INLINE)
+def put_bound(e, k, field, a, b, is_left):
+    "Set the bound a + b row on one side, and none on the other."
+    e[k + u64(field * MOST)], e[k + u64((field + 1) * MOST)] = (a if is_left else f32(-1e9)), (b if is_left else f32(0.0))
+    e[k + u64((field + 2) * MOST)], e[k + u64((field + 3) * MOST)] = (f32(1e9) if is_left else a), (f32(0.0) if is_left else b)
+
+@njit(**INLINE)
 def add_bound(e, k, field, p, q, sign):
     "Set the bounds from the edge p → q: (a, b) of the left bound a + b row, then of the right one."
     x, y, z = cross(p, q)
     x, y, z = x * sign, y * sign, z * sign
     slope = f32(-1.0) / (x if x != f32(0.0) else f32(1e-30))
-    a, b, is_left = z * slope, y * slope, x >= f32(0.0)
-    e[k + u64(field * MOST)], e[k + u64((field + 1) * MOST)] = (a if is_left else f32(-1e9)), (b if is_left else f32(0.0))
-    e[k + u64((field + 2) * MOST)], e[k + u64((field + 3) * MOST)] = (f32(1e9) if is_left else a), (f32(0.0) if is_left else b)
+    put_bound(e, k, field, z * slope, y * slope, x >= f32(0.0))
 
 @njit(**INLINE)
 def rows_between(p, q):
@@ -269,7 +273,7 @@ def set_up(q, n, cam, height, width, e):
     "Fill `e` with bounds, 1/depth, u/depth and v/depth (at pixel 0, 0, per column and per row) of the first `n` quads in `q`."
     eye, column, row, ahead = (cam[0], cam[1], cam[2]), (cam[12], cam[13], cam[14]), (cam[15], cam[16], cam[17]), (cam[9], cam[10], cam[11])
     ray, ray_x, ray_y = (cam[18], cam[19], cam[20]), (cam[21], cam[22], cam[23]), (cam[24], cam[25], cam[26])
-    near, rows, last, columns, zero, quarter = f32(NEAR_M), f32(height), f32(height - 1), f32(width), f32(0.0), f32(0.25)
+    near, last, columns, zero, quarter = f32(NEAR_M), f32(height - 1), f32(width), f32(0.0), f32(0.25)
     for first in range(u64(0), u64(n), u64(LANES)):
         for lane in range(u64(LANES)):
             k = first + lane
@@ -304,14 +308,17 @@ def set_up(q, n, cam, height, width, e):
             nearest = min(min(p0[2], p1[2]), min(p2[2], p3[2]))
             x0, x1, x2, x3 = p0[0] / p0[2], p1[0] / p1[2], p2[0] / p2[2], p3[0] / p3[2]
             beside = (nearest >= near) & ((max(max(x0, x1), max(x2, x3)) < zero) | (min(min(x0, x1), min(x2, x3)) > columns))
-            put(e, k, TOP, rows if beside else upwards(max(min(min(t0, t1), min(t2, t3)), zero)), min(max(max(b0, b1), max(b2, b3)), last), nearest)
+            top, bottom = upwards(max(min(min(t0, t1), min(t2, t3)), zero)), min(max(max(b0, b1), max(b2, b3)), last)
+            e[k + u64(TOP * MOST)], e[k + u64(BOTTOM * MOST)] = top, (f32(-1.0) if beside else bottom)
+            room, slope = (f32(1.0 / NEAR_M) if nearest < near else f32(1e9)) - i0, one / (i1 if i1 != zero else f32(1e-9))
+            put_bound(e, k, 16, room * slope, -i2 * slope, i1 < zero)  # beyond this column the quad is nearer than the near plane
             grows = at(q, k, GROWTH)
             put(e, k, PAINTED, f32(UNDERSIDE) if (away > zero) & (paint < f32(UNDERSIDE)) else paint, at(q, k, HALF) - grows * at(q, k, MID_U), grows)
 
 # %% ../../nbs/world/20_camera.ipynb #a9cf7087
 PIXEL = dict(cache=True, nogil=True, error_model="numpy", _nrt=False, fastmath={"contract"})  # multiply and add at once; the same for every car
 MOST_SPANS, MOST_PIXELS, N_SPAN, SPAN_LANES = 512, 1024, 15, 8  # MOST_PIXELS: greatest height and width of a picture
-STRIDE = MOST_SPANS + MOST_PIXELS + LANES  # of the fields of spans
+STRIDE = MOST_SPANS + LANES  # of the fields of spans
 COLUMNS, ROWS, MIPS, CELL_M = 64, 64, 5, 0.5  # of a texture; rows are CELL_M apart
 ROAD_COLUMNS, ROAD_CELL_M, VERGE_CELL_M = 24, 0.625, 1.6  # columns of road on each side; then one for the edge, the rest is verge
 N_SPEC = 8
@@ -321,27 +328,38 @@ def keep(spans, n, field, x):
     "Set field number `field` of span `n`."
     spans[n + u64(field * STRIDE)] = x
 
+@njit(**PLAIN)
+def cut_rows(e, n, strips):
+    "Cut the rows of `n` quads into strips of SPAN_LANES rows; their number. A strip is 256 times the number of its quad, plus its place in the quad."
+    m = u64(0)
+    for k in range(u64(n)):
+        first, rows = i32(i32(k) * i32(256)), i32(at(e, k, BOTTOM)) - i32(at(e, k, TOP)) + SPAN_LANES
+        count = u64(max(rows, 0)) // u64(SPAN_LANES)
+        strips[m], strips[m + u64(1)] = first, first + 1  # two at once, needed or not: nothing to guess
+        for j in range(u64(2), count): strips[m + j] = first + i32(j)
+        m += count
+    return m
+
 @njit(**PIXEL)
-def find_spans(e, k, inner, spec, width, spans, n):
-    "Add quad `k`'s spans to `spans`, which holds `n`; the new number. Some may be empty. `spec`: see `make_spec`."
-    a0, b0, c0, d0, a1, b1, c1, d1 = at(e, k, 0), at(e, k, 1), at(e, k, 2), at(e, k, 3), at(e, k, 4), at(e, k, 5), at(e, k, 6), at(e, k, 7)
-    a2, b2, c2, d2, a3, b3, c3, d3 = at(e, k, 8), at(e, k, 9), at(e, k, 10), at(e, k, 11), at(e, k, 12), at(e, k, 13), at(e, k, 14), at(e, k, 15)
-    i0, ix, iy, u0, ux, uy, v0, vx, vy = at(e, k, 16), at(e, k, 17), at(e, k, 18), at(e, k, 19), at(e, k, 20), at(e, k, 21), at(e, k, 22), at(e, k, 23), at(e, k, 24)
-    o, zero, one, columns = u64(int(at(e, k, PAINTED)) * N_SPEC), f32(0.0), f32(1.0), f32(width)
-    per_u, per_v, haze, haze_tone, table, size, rows = spec[o], spec[o + u64(1)], spec[o + u64(2)], spec[o + u64(3)], spec[o + u64(4)], spec[o + u64(5)], spec[o + u64(6)]
-    v0, vx, vy, half, grows = v0 * per_v, vx * per_v, vy * per_v, at(e, k, HALF_AT) * per_v, at(e, k, GROWS) * per_v
-    closest = f32(1.0 / NEAR_M) if at(e, k, NEAREST) < f32(NEAR_M) else f32(1e9)
-    per_x, falls = one / (ix if ix != zero else f32(1e-9)), ix < zero
-    first, end = int(at(e, k, TOP)), int(at(e, k, BOTTOM)) + 1
-    for r in range(first, end, SPAN_LANES):
+def find_spans(e, strips, begin, end, inner, spec, width, spans):
+    "Put the spans of strips `begin` … `end - 1` into `spans`, until it holds MOST_SPANS; (the first strip left, the number of spans). Some may be empty. `spec`: see `make_spec`."
+    n, b, zero, one, columns = u64(0), u64(begin), f32(0.0), f32(1.0), f32(width)
+    while b < u64(end) and n < u64(MOST_SPANS):
+        k, skip = strips[b] >> 8, SPAN_LANES * (strips[b] & 255)
+        a0, b0, c0, d0, a1, b1, c1, d1 = at(e, k, 0), at(e, k, 1), at(e, k, 2), at(e, k, 3), at(e, k, 4), at(e, k, 5), at(e, k, 6), at(e, k, 7)
+        a2, b2, c2, d2, a3, b3, c3, d3 = at(e, k, 8), at(e, k, 9), at(e, k, 10), at(e, k, 11), at(e, k, 12), at(e, k, 13), at(e, k, 14), at(e, k, 15)
+        a4, b4, c4, d4 = at(e, k, 16), at(e, k, 17), at(e, k, 18), at(e, k, 19)
+        i0, ix, iy, u0, ux, uy, v0, vx, vy = at(e, k, 20), at(e, k, 21), at(e, k, 22), at(e, k, 23), at(e, k, 24), at(e, k, 25), at(e, k, 26), at(e, k, 27), at(e, k, 28)
+        o = u64(i32(at(e, k, PAINTED)) * N_SPEC)
+        per_u, per_v, haze, haze_tone, table, size, rows = spec[o], spec[o + u64(1)], spec[o + u64(2)], spec[o + u64(3)], spec[o + u64(4)], spec[o + u64(5)], spec[o + u64(6)]
+        v0, vx, vy, half, grows = v0 * per_v, vx * per_v, vy * per_v, at(e, k, HALF_AT) * per_v, at(e, k, GROWS) * per_v
+        row = at(e, k, TOP) + f32(skip)
         for j in range(u64(SPAN_LANES)):
-            f, m = f32(r) + f32(j), u64(n) + j
-            left = max(max(a0 + b0 * f, a1 + b1 * f), max(max(a2 + b2 * f, a3 + b3 * f), zero))
-            right = min(min(c0 + d0 * f, c1 + d1 * f), min(min(c2 + d2 * f, c3 + d3 * f), columns))
-            inv, u, v = i0 + iy * f, u0 + uy * f, v0 + vy * f
-            nearer = (closest - inv) * per_x  # beyond this column the quad is nearer than the near plane
-            left, right = (max(left, nearer) if falls else left), max(right if falls else min(right, nearer), zero)
+            f, m = row + f32(j), n + j
+            left = max(max(max(a0 + b0 * f, a1 + b1 * f), max(a2 + b2 * f, a3 + b3 * f)), max(a4 + b4 * f, zero))
+            right = max(min(min(min(c0 + d0 * f, c1 + d1 * f), min(c2 + d2 * f, c3 + d3 * f)), min(c4 + d4 * f, columns)), zero)
             left = min(left, right)
+            inv, u, v = i0 + iy * f, u0 + uy * f, v0 + vy * f
             middle = f32(0.5) * (left + right)
             there, along = inv + ix * middle, u + ux * middle
             cells, square = abs(uy * there - along * iy) * per_u, there * there  # cells per row of pixels, times the square of 1/depth
@@ -356,8 +374,9 @@ def find_spans(e, k, inner, spec, width, spans, n):
             keep(spans, m, 10, table + size * (one - part)), keep(spans, m, 11, rows * part - one)
             first_column, end_column = upwards(left), upwards(right)
             keep(spans, m, 12, f * columns + first_column), keep(spans, m, 13, first_column), keep(spans, m, 14, end_column - first_column)
-        n += min(SPAN_LANES, end - r)
-    return n
+        n += u64(min(i32(SPAN_LANES), i32(at(e, k, BOTTOM)) - i32(row) + i32(1)))
+        b += u64(1)
+    return b, n
 
 @njit(**PLAIN)
 def cut_blocks(spans, n, blocks):
@@ -421,16 +440,15 @@ def shade_flat(spans, blocks, n, depth, tone):
             tone[p + j] = gray if hit else tone[p + j]
 
 @njit(**PLAIN)
-def fill(q, n, cam, height, width, inner, spec, flat, e, spans, blocks, depth, tone):
+def fill(q, n, cam, height, width, inner, spec, flat, e, strips, spans, blocks, depth, tone):
     "Draw the first `n` quads in `q`, as `cam` sees them; `inner`: the part of the road's half width that is not edge."
     set_up(q, n, cam, height, width, e)
-    m = 0
-    for k in range(n + 1):
-        if k == n or m > MOST_SPANS:
-            if flat: shade_flat(spans, blocks, cut_blocks(spans, m, blocks), depth, tone)
-            else: shade(spans, blocks, cut_blocks(spans, m, blocks), depth, tone)
-            m = 0
-        if k < n and at(e, k, TOP) <= at(e, k, BOTTOM): m = find_spans(e, k, inner, spec, width, spans, m)
+    end, done = cut_rows(e, n, strips), u64(0)
+    while done < end:
+        done, m = find_spans(e, strips, done, end, inner, spec, width, spans)
+        count = cut_blocks(spans, m, blocks)
+        if flat: shade_flat(spans, blocks, count, depth, tone)
+        else: shade(spans, blocks, count, depth, tone)
 
 # %% ../../nbs/world/20_camera.ipynb #fdf036fb
 def paint_tones():
@@ -683,13 +701,13 @@ Sprites = namedtuple("Sprites", "depth tone row column")  # (2 TILTS + 1, rows, 
 def draw_tilts(height, width, spec, car_quads, car_count, back, above, pitch):
     "(2 TILTS + 1, height, width): 1/depth, 0 where there is nothing, and tones of the car for each tilt of the camera."
     depths, tones = np.zeros((2 * TILTS + 1, height, width), np.float32), np.zeros((2 * TILTS + 1, height, width), np.uint8)
-    cam, e, spans = np.empty(N_CAM, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * STRIDE, np.float32)
-    blocks = np.empty((MOST_SPANS + height + LANES) * (width // LANES + 2) + 4, np.int32)
+    cam, e, strips, spans = np.empty(N_CAM, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32)
+    blocks = np.empty((MOST_SPANS + LANES) * (width // LANES + 2), np.int32)
     for k in range(2 * TILTS + 1):
         depth, tone, sine = np.zeros(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8), TILT_STEP * (k - TILTS)
         set_axes(0.0, 0.0, 0.0, sine, math.sqrt(1.0 - sine * sine), 0.0, 0.0, 0.0, 1.0, back, above, pitch, cam)
         look(cam, height, width)
-        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, True, e, spans, blocks, depth, tone)
+        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, True, e, strips, spans, blocks, depth, tone)
         for i in range(height * width): depths[k, i // width, i % width], tones[k, i // width, i % width] = depth[i], tone[i]
     return depths, tones
 
@@ -732,7 +750,7 @@ ROAD_ARRAYS = "offset centre tangent left up s half_width"
 RoadArrays = namedtuple("RoadArrays", ROAD_ARRAYS.split())
 View = namedtuple("View", "height width back above pitch car distractors seed")
 Paint = namedtuple("Paint", "spec air car_quads car_count as_classes")
-Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up spans blocks depth tone position rotation")
+Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up strips spans blocks depth tone position rotation")
 
 @njit(**PIXEL)
 def distances(cam, ball, lo, hi, far):
@@ -795,7 +813,7 @@ def draw_all(scene, road, t, position, rotation, key, seconds, view, paint, spri
             else: from_car(w.cam, position, rotation, w.own)
             look(w.own, view.height, view.width)
             take_car(paint.car_quads, w.quads)
-        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, part >= batches, w.set_up, w.spans, w.blocks, w.depth, w.tone)
+        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, part >= batches, w.set_up, w.strips, w.spans, w.blocks, w.depth, w.tone)
     if view.car and sprite >= 0: copy_sprite(sprites.depth, sprites.tone, sprite, sprites.row, sprites.column, view.width, w.depth, w.tone)
 
 @njit(**INLINE)
@@ -819,10 +837,9 @@ def render_kernel(scene, road, track_index, position, rotation, key, time_ms, vi
     "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees; `block` cars share one set of scratch arrays."
     n, height, width = len(out), view.height, view.width
     for b in prange((n + block - 1) // block):
-        most = MOST_SPANS + height + LANES
         w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(4 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
-                    np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * STRIDE, np.float32),
-                    np.empty(most * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
+                    np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32),
+                    np.empty((MOST_SPANS + LANES) * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
                     np.empty(3), np.empty((3, 3)))
         for i in range(b * block, min(n, b * block + block)):
             draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
