@@ -368,10 +368,10 @@ def find_spans(e, strips, begin, end, inner, spec, width, spans):
             part = f32(0.125) if cells >= f32(6.0) * square else part
             part = f32(0.0625) if cells >= f32(12.0) * square else part
             depth = one / there
-            outer, fog, scale = half + grows * along * depth, min(depth * haze, f32(0.45)), per_u * part
+            outer, fog, scale = half + grows * along * depth, min(depth * haze, f32(0.45)), per_u * part * f32(COLUMNS)
             keep(spans, m, 0, inv), keep(spans, m, 1, ix), keep(spans, m, 2, u * scale), keep(spans, m, 3, ux * scale), keep(spans, m, 4, v), keep(spans, m, 5, vx)
             keep(spans, m, 6, outer * inner), keep(spans, m, 7, outer), keep(spans, m, 8, one - fog), keep(spans, m, 9, fog * haze_tone)
-            keep(spans, m, 10, table + size * (one - part)), keep(spans, m, 11, rows * part - one)
+            keep(spans, m, 10, table + size * (one - part)), keep(spans, m, 11, max(rows * part - one, zero) * f32(COLUMNS))
             first_column, end_column = upwards(left), upwards(right)
             keep(spans, m, 12, f * columns + first_column), keep(spans, m, 13, first_column), keep(spans, m, 14, end_column - first_column)
         n += u64(min(i32(SPAN_LANES), i32(at(e, k, BOTTOM)) - i32(row) + i32(1)))
@@ -400,9 +400,14 @@ def of(spans, k, field):
     "Field number `field` of span `k`."
     return spans[k + u64(field * STRIDE)]
 
+@njit(**INLINE)
+def pixel(inv, tone):
+    "The upper 24 bits of 1/depth, which order as whole numbers like the depths themselves, above 8 bits of tone: the nearer of two pixels is the greater."
+    return i32(i32(f32(inv).view(np.int32) & i32(-256)) | i32(i32(tone) & i32(255)))
+
 @njit(**PIXEL)
-def shade(spans, blocks, n, depth, tone):
-    """Draw `n` blocks where they are nearer than what is there: `depth` holds 1/m, `tone` gray. Beyond the span's end a block's lanes write back what they read, also into the next row
+def shade(spans, blocks, n, pixels):
+    """Draw `n` blocks where they are nearer than what is there (see `pixel`). Beyond the span's end a block's lanes write back what they read, also into the next row
     or behind the picture, which therefore has LANES pixels to spare."""
     grass_columns = f32(ROAD_CELL_M / VERGE_CELL_M)
     for b in range(n):
@@ -413,8 +418,7 @@ def shade(spans, blocks, n, depth, tone):
         table, mask, grass = i32(of(spans, k, 10)), i32(of(spans, k, 11)), f32(ROAD_COLUMNS + 1) - grass_columns * outer
         for j in range(u64(LANES)):
             c = start + f32(j)
-            inv, was = inv0 + ix * c, depth[p + j]
-            hit = (inv > was) & (f32(j) < room)
+            inv = inv0 + ix * c
             metres = f32(1.0) / inv
             v = (v0 + vx * c) * metres
             beside = abs(v)
@@ -422,33 +426,32 @@ def shade(spans, blocks, n, depth, tone):
             x = min(grass + beside * grass_columns, f32(COLUMNS // 2 - 0.1)) if beside > outer else x
             x = f32(COLUMNS // 2) + math.copysign(x, v)
             along = i32(i32((u0 + ux * c) * metres) & mask)
-            t = texel(i32(table + i32(i32(along * i32(COLUMNS)) + i32(i32(x) & i32(COLUMNS - 1))))) * clear + fog
-            depth[p + j] = inv if hit else was
-            tone[p + j] = np.uint8(i32(t)) if hit else tone[p + j]
+            new, was = pixel(inv, texel(i32(table + i32(along + i32(i32(x) & i32(COLUMNS - 1))))) * clear + fog), pixels[p + j]
+            new = new if f32(j) < room else i32(0)
+            pixels[p + j] = new if new > was else was
 
 @njit(**PIXEL)
-def shade_flat(spans, blocks, n, depth, tone):
+def shade_flat(spans, blocks, n, pixels):
     "As `shade`, for quads of one tone each."
     for b in range(n):
         k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
         p, start, room, inv0, ix = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip, of(spans, k, 0), of(spans, k, 1)
-        gray = np.uint8(i32(texel(i32(of(spans, k, 10) + of(spans, k, 4) / inv0) + i32(COLUMNS // 2))))
+        gray = texel(i32(of(spans, k, 10) + of(spans, k, 4) / inv0) + i32(COLUMNS // 2))
         for j in range(u64(LANES)):
-            inv, was = inv0 + ix * (start + f32(j)), depth[p + j]
-            hit = (inv > was) & (f32(j) < room)
-            depth[p + j] = inv if hit else was
-            tone[p + j] = gray if hit else tone[p + j]
+            new, was = pixel(inv0 + ix * (start + f32(j)), gray), pixels[p + j]
+            new = new if f32(j) < room else i32(0)
+            pixels[p + j] = new if new > was else was
 
 @njit(**PLAIN)
-def fill(q, n, cam, height, width, inner, spec, flat, e, strips, spans, blocks, depth, tone):
+def fill(q, n, cam, height, width, inner, spec, flat, e, strips, spans, blocks, pixels):
     "Draw the first `n` quads in `q`, as `cam` sees them; `inner`: the part of the road's half width that is not edge."
     set_up(q, n, cam, height, width, e)
     end, done = cut_rows(e, n, strips), u64(0)
     while done < end:
         done, m = find_spans(e, strips, done, end, inner, spec, width, spans)
         count = cut_blocks(spans, m, blocks)
-        if flat: shade_flat(spans, blocks, count, depth, tone)
-        else: shade(spans, blocks, count, depth, tone)
+        if flat: shade_flat(spans, blocks, count, pixels)
+        else: shade(spans, blocks, count, pixels)
 
 # %% ../../nbs/world/20_camera.ipynb #fdf036fb
 def paint_tones():
@@ -522,7 +525,7 @@ def car_batch():
     return out.ravel(), len(rows)
 
 # %% ../../nbs/world/20_camera.ipynb #850d389c
-FAR = f32(1.0 / RANGE_M)
+EMPTY = i32(np.float32(1.0 / RANGE_M).view(np.int32) | 255)  # a pixel in which nothing was drawn; also what ground and sky leave there, as they are tones without depth
 MOST_COLUMNS = MOST_PIXELS + 2 * LANES
 HORIZON, HILLS = f32(-1e-3), f32(0.2)  # a ray that falls less than this is sky; one that rises more is above all hills
 # tones: sky at the horizon, per unit of elevation, to one side; hills, to one side, per unit of elevation, height; ground, fields, furrows, haze per metre, its tone
@@ -548,7 +551,7 @@ def bearings(cam, width, air, columns):
             columns[c + u64(2) * m], columns[c + u64(3) * m] = hill + hill_side * x, sky + sky_side * z
 
 @njit(**PIXEL)
-def sky_row(r, cam, width, air, columns, depth, tone):
+def sky_row(r, cam, width, air, columns, pixels):
     "Put hills and sky into row `r`."
     m, rise0, rise_x, fade, hill_fade = u64(MOST_COLUMNS), cam[19] + cam[25] * f32(r), cam[22], air[1], air[5]
     for first in range(0, width, LANES):
@@ -558,27 +561,27 @@ def sky_row(r, cam, width, air, columns, depth, tone):
             up = rise * columns[c + j]
             hills, sky = columns[c + j + u64(2) * m] + hill_fade * up, columns[c + j + u64(3) * m] + fade * min(up, f32(1.0))
             t = hills if up < columns[c + j + m] else sky
-            tone[p + j] = np.uint8(i32(t)) if (depth[p + j] <= FAR) & (rise > HORIZON) & (f32(j) < room) else tone[p + j]
+            pixels[p + j] = i32(t) if (pixels[p + j] <= EMPTY) & (rise > HORIZON) & (f32(j) < room) else pixels[p + j]
 
 @njit(**PIXEL)
-def high_sky_row(r, cam, width, air, columns, depth, tone):
+def high_sky_row(r, cam, width, air, columns, pixels):
     "As `sky_row`, for a row above all hills."
     m, rise0, rise_x, fade = u64(MOST_COLUMNS), cam[19] + cam[25] * f32(r), cam[22], air[1]
     for first in range(0, width, LANES):
         p, c, room = u64(r * width + first), u64(first), f32(width - first)
         for j in range(u64(LANES)):
             t = columns[c + j + u64(3) * m] + fade * min((rise0 + rise_x * (f32(first) + f32(j))) * columns[c + j], f32(1.0))
-            tone[p + j] = np.uint8(i32(t)) if (depth[p + j] <= FAR) & (f32(j) < room) else tone[p + j]
+            pixels[p + j] = i32(t) if (pixels[p + j] <= EMPTY) & (f32(j) < room) else pixels[p + j]
 
 @njit(**PIXEL)
-def ground_row(r, cam, drop, width, air, depth, tone):
+def ground_row(r, cam, drop, width, air, pixels):
     "Put the ground, `drop` m above the eye (so negative), into row `r`."
     f, one = f32(r), i32(1)
     x0, y0, z0, xx, yx, zx = cam[18] + cam[24] * f, cam[19] + cam[25] * f, cam[20] + cam[26] * f, cam[21], cam[22], cam[23]
     ex, ez, base, fields, furrows, haze, haze_tone = cam[0], cam[2], air[7], air[8], air[9], air[10], air[11]
     for first in range(0, width, LANES):
         p, room, empty = u64(r * width + first), f32(width - first), False
-        for j in range(u64(LANES)): empty |= depth[p + j] <= FAR
+        for j in range(u64(LANES)): empty |= pixels[p + j] <= EMPTY
         if not empty: continue
         for j in range(u64(LANES)):
             c = f32(first) + f32(j)
@@ -587,19 +590,19 @@ def ground_row(r, cam, drop, width, air, depth, tone):
             a, b = i32((ex + metres * (x0 + xx * c)) * f32(0.125) + f32(8192.0)), i32((ez + metres * (z0 + zx * c)) * f32(0.125) + f32(8192.0))
             t = base + (fields if i32(i32(a ^ b) & one) == i32(0) else f32(0.0)) + (furrows if i32(i32(i32(a ^ i32(a >> one)) ^ i32(b >> i32(2))) & one) == i32(0) else f32(0.0))
             t = t + min(metres * haze, f32(0.45)) * (haze_tone - t)
-            tone[p + j] = np.uint8(i32(t)) if (depth[p + j] <= FAR) & (rise <= HORIZON) & (f32(j) < room) else tone[p + j]
+            pixels[p + j] = i32(t) if (pixels[p + j] <= EMPTY) & (rise <= HORIZON) & (f32(j) < room) else pixels[p + j]
 
 @njit(**PLAIN)
-def fill_background(cam, ground_y, height, width, air, columns, depth, tone):
+def fill_background(cam, ground_y, height, width, air, columns, pixels):
     "Ground and sky wherever nothing was drawn."
     bearings(cam, width, air, columns)
     drop = min(f32(ground_y) - cam[1], f32(-1e-3))
     for r in range(height):
         left = cam[19] + cam[25] * f32(r)
         right = left + cam[22] * f32(width - 1)
-        if min(left, right) > HILLS: high_sky_row(r, cam, width, air, columns, depth, tone)
-        elif max(left, right) > HORIZON: sky_row(r, cam, width, air, columns, depth, tone)
-        if min(left, right) <= HORIZON: ground_row(r, cam, drop, width, air, depth, tone)
+        if min(left, right) > HILLS: high_sky_row(r, cam, width, air, columns, pixels)
+        elif max(left, right) > HORIZON: sky_row(r, cam, width, air, columns, pixels)
+        if min(left, right) <= HORIZON: ground_row(r, cam, drop, width, air, pixels)
 
 # %% ../../nbs/world/20_camera.ipynb #f588f617
 GLYPHS = (31599, 11415, 29671, 29647, 23497, 31183, 31215, 29257, 31727, 31695)  # digits 0 … 9, 5 rows of 3 bits
@@ -636,39 +639,39 @@ def wave(x):
     return abs(f32(2.0) * (x - f32(math.floor(x))) - f32(1.0))
 
 @njit(**PIXEL)
-def cloud_row(r, cam, width, drift, columns, depth, tone):
+def cloud_row(r, cam, width, drift, columns, pixels):
     "Whiten the sky of row `r` where a cloud is; `drift`: how far the clouds have come, in units of their height above the eye."
     f, m = f32(r), u64(MOST_COLUMNS)
     x0, y0, z0 = cam[18] + cam[24] * f, cam[19] + cam[25] * f, cam[20] + cam[26] * f
     for c in range(u64(width)):
         p, rise = u64(r * width) + c, y0 + cam[22] * f32(c)
-        if depth[p] > FAR or rise * columns[c] < max(columns[c + m], f32(0.03)): continue
+        if pixels[p] > EMPTY or rise * columns[c] < max(columns[c + m], f32(0.03)): continue
         x, z = (x0 + cam[21] * f32(c)) / rise + drift, (z0 + cam[23] * f32(c)) / rise
         thick = wave(f32(0.53) * x + f32(0.17) * z) + wave(f32(0.41) * z - f32(0.23) * x) + f32(0.6) * wave(f32(1.31) * x + f32(0.97) * z) + f32(0.4) * wave(f32(2.3) * z - f32(1.9) * x)
         white = min(max(thick * f32(1.1) - f32(1.6), f32(0.0)), f32(1.0))
         white *= white * (f32(3.0) - f32(2.0) * white) * min(rise * columns[c] * f32(6.0), f32(1.0))
-        tone[p] = np.uint8(i32(f32(tone[p]) + white * (f32(246.0) - f32(tone[p]))))
+        pixels[p] = i32(f32(pixels[p]) + white * (f32(246.0) - f32(pixels[p])))
 
 @njit(**PLAIN)
-def box(tone, height, width, row, column, rows, columns, gray):
+def box(pixels, height, width, row, column, rows, columns, gray):
     "Fill a rectangle, as far as it is in the picture."
     for r in range(max(row, 0), min(row + rows, height)):
-        for c in range(max(column, 0), min(column + columns, width)): tone[u64(r * width + c)] = gray
+        for c in range(max(column, 0), min(column + columns, width)): pixels[u64(r * width + c)] = gray
 
 @njit(**PLAIN)
-def clock(tone, height, width, time_ms):
+def clock(pixels, height, width, time_ms):
     "Write the time as m:ss.cc on a dark plate at the bottom."
     size = max(1, height // 64)
     row, column, hundredths = height - 7 * size, (width - 25 * size) // 2, int(time_ms) // 10
-    box(tone, height, width, row - size, column - size, 8 * size, 26 * size, 60)
+    box(pixels, height, width, row - size, column - size, 8 * size, 26 * size, 60)
     digits = (hundredths // 6000 % 10, hundredths // 1000 % 6, hundredths // 100 % 10, hundredths // 10 % 10, hundredths % 10)
     for place in range(5):
         glyph = GLYPHS[digits[place]]
         for bit in range(15):
-            if glyph >> (14 - bit) & 1: box(tone, height, width, row + bit // 3 * size, column + bit % 3 * size, size, size, 235)
+            if glyph >> (14 - bit) & 1: box(pixels, height, width, row + bit // 3 * size, column + bit % 3 * size, size, size, 235)
         column += 4 * size
         if place == 0 or place == 2:
-            for y in ((1, 3) if place == 0 else (4, 4)): box(tone, height, width, row + y * size, column, size, size, 235)
+            for y in ((1, 3) if place == 0 else (4, 4)): box(pixels, height, width, row + y * size, column, size, size, 235)
             column += 2 * size
 
 @njit(**INLINE)
@@ -695,34 +698,34 @@ def other_car(road, t, j, seed, key, seconds, position, rotation):
 
 # %% ../../nbs/world/20_camera.ipynb #5a630cba
 TILTS, TILT_STEP = 25, 0.02  # sprites on each side of upright; steps of the tilt's sine
-Sprites = namedtuple("Sprites", "depth tone row column")  # (2 TILTS + 1, rows, columns) float32 and uint8, and where their corner belongs in a picture
+Sprites = namedtuple("Sprites", "pixels row column")  # (2 TILTS + 1, rows, columns) int32, see `pixel`, and where their corner belongs in a picture
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def draw_tilts(height, width, spec, car_quads, car_count, back, above, pitch):
-    "(2 TILTS + 1, height, width): 1/depth, 0 where there is nothing, and tones of the car for each tilt of the camera."
-    depths, tones = np.zeros((2 * TILTS + 1, height, width), np.float32), np.zeros((2 * TILTS + 1, height, width), np.uint8)
+    "(2 TILTS + 1, height, width) int32: the car for each tilt of the camera, 0 where there is nothing."
+    out = np.zeros((2 * TILTS + 1, height, width), np.int32)
     cam, e, strips, spans = np.empty(N_CAM, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32)
     blocks = np.empty((MOST_SPANS + LANES) * (width // LANES + 2), np.int32)
     for k in range(2 * TILTS + 1):
-        depth, tone, sine = np.zeros(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8), TILT_STEP * (k - TILTS)
+        pixels, sine = np.zeros(height * width + LANES, np.int32), TILT_STEP * (k - TILTS)
         set_axes(0.0, 0.0, 0.0, sine, math.sqrt(1.0 - sine * sine), 0.0, 0.0, 0.0, 1.0, back, above, pitch, cam)
         look(cam, height, width)
-        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, True, e, strips, spans, blocks, depth, tone)
-        for i in range(height * width): depths[k, i // width, i % width], tones[k, i // width, i % width] = depth[i], tone[i]
-    return depths, tones
+        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, True, e, strips, spans, blocks, pixels)
+        for i in range(height * width): out[k, i // width, i % width] = pixels[i]
+    return out
 
 @lru_cache(8)
 def make_sprites(height, width, as_classes, wanted):
     "`Sprites` of the chase view, cut to where the car is, in whole blocks; none if not `wanted` or if the picture is too narrow."
-    quads, count = car_batch()
-    if wanted: depth, tone = draw_tilts(height, width, make_spec(as_classes), quads, count, *CHASE)
-    if not wanted or not (depth > 0).any() or width < 2 * LANES: return Sprites(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.uint8), 0, 0)
-    rows, columns = np.flatnonzero((depth > 0).any(axis=(0, 2))), np.flatnonzero((depth > 0).any(axis=(0, 1)))
+    none = Sprites(np.zeros((0, 0, 0), np.int32), 0, 0)
+    if not wanted or width < 2 * LANES: return none
+    pixels = draw_tilts(height, width, make_spec(as_classes), *car_batch(), *CHASE)
+    if not pixels.any(): return none
+    rows, columns = np.flatnonzero(pixels.any(axis=(0, 2))), np.flatnonzero(pixels.any(axis=(0, 1)))
     wide = -(-(columns[-1] + 1 - columns[0]) // LANES) * LANES
     first = max(0, min(columns[0], width - wide))
-    part = slice(None), slice(rows[0], rows[-1] + 1), slice(first, first + wide)
-    if first + wide > width: depth, tone = (np.pad(x, [(0, 0), (0, 0), (0, first + wide - width)]) for x in (depth, tone))
-    return Sprites(np.ascontiguousarray(depth[part]), np.ascontiguousarray(tone[part]), int(rows[0]), int(first))
+    if first + wide > width: pixels = np.pad(pixels, [(0, 0), (0, 0), (0, first + wide - width)])
+    return Sprites(np.ascontiguousarray(pixels[:, rows[0]:rows[-1] + 1, first:first + wide]), int(rows[0]), int(first))
 
 @njit(**INLINE)
 def tilt_of(cam, rotation, sprites):
@@ -730,19 +733,17 @@ def tilt_of(cam, rotation, sprites):
     sine = cam[3] * rotation[0, 1] + cam[4] * rotation[1, 1] + cam[5] * rotation[2, 1]
     upright = cam[3] * rotation[0, 0] + cam[4] * rotation[1, 0] + cam[5] * rotation[2, 0] < 0.0
     k = int(math.floor(sine / TILT_STEP + 0.5)) + TILTS
-    return k if upright and 0 <= k < len(sprites.depth) else -1
+    return k if upright and 0 <= k < len(sprites.pixels) else -1
 
 @njit(**PIXEL)
-def copy_sprite(car_depth, car_tone, k, row, column, width, depth, tone):
-    "Put sprite `k` into the picture where it is nearer than what is there."
-    for r in range(u64(car_depth.shape[1])):
-        for c in range(u64(0), u64(car_depth.shape[2]), u64(LANES)):
+def copy_sprite(car, k, row, column, width, pixels):
+    "Put sprite `k` of `car` into the picture where it is nearer than what is there."
+    for r in range(u64(car.shape[1])):
+        for c in range(u64(0), u64(car.shape[2]), u64(LANES)):
             p = (u64(row) + r) * u64(width) + u64(column) + c
             for j in range(u64(LANES)):
-                inv, was = car_depth[u64(k), r, c + j], depth[p + j]
-                hit = inv > was
-                depth[p + j] = inv if hit else was
-                tone[p + j] = car_tone[u64(k), r, c + j] if hit else tone[p + j]
+                new, was = car[u64(k), r, c + j], pixels[p + j]
+                pixels[p + j] = new if new > was else was
 
 # %% ../../nbs/world/20_camera.ipynb #aa4686fc
 PIXELS, OTHERS_PER_M = 0.4, 1 / 45
@@ -750,7 +751,7 @@ ROAD_ARRAYS = "offset centre tangent left up s half_width"
 RoadArrays = namedtuple("RoadArrays", ROAD_ARRAYS.split())
 View = namedtuple("View", "height width back above pitch car distractors seed")
 Paint = namedtuple("Paint", "spec air car_quads car_count as_classes")
-Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up strips spans blocks depth tone position rotation")
+Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up strips spans blocks pixels position rotation")
 
 @njit(**PIXEL)
 def distances(cam, ball, lo, hi, far):
@@ -813,8 +814,8 @@ def draw_all(scene, road, t, position, rotation, key, seconds, view, paint, spri
             else: from_car(w.cam, position, rotation, w.own)
             look(w.own, view.height, view.width)
             take_car(paint.car_quads, w.quads)
-        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, part >= batches, w.set_up, w.strips, w.spans, w.blocks, w.depth, w.tone)
-    if view.car and sprite >= 0: copy_sprite(sprites.depth, sprites.tone, sprite, sprites.row, sprites.column, view.width, w.depth, w.tone)
+        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, part >= batches, w.set_up, w.strips, w.spans, w.blocks, w.pixels)
+    if view.car and sprite >= 0: copy_sprite(sprites.pixels, sprite, sprites.row, sprites.column, view.width, w.pixels)
 
 @njit(**INLINE)
 def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, sprites, w, out):
@@ -823,14 +824,14 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, spri
     aim(position, rotation, view.back, view.above, view.pitch, w.cam)
     if view.distractors > 1: shake(w.cam, view.seed, key, seconds)
     look(w.cam, view.height, view.width)
-    for i in range(u64(view.height * view.width + LANES)): w.depth[i] = FAR
+    for i in range(u64(view.height * view.width + LANES)): w.pixels[i] = EMPTY
     draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w)
-    fill_background(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.columns, w.depth, w.tone)
+    fill_background(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.columns, w.pixels)
     if not paint.as_classes:
         if view.distractors > 0:
-            for r in range(view.height): cloud_row(r, w.cam, view.width, f32(5.0 * chance(view.seed, key, 5) + 0.15 * seconds), w.columns, w.depth, w.tone)
-        if view.distractors > 1: clock(w.tone, view.height, view.width, time_ms)
-    for i in range(u64(view.height * view.width)): out[i] = w.tone[i]
+            for r in range(view.height): cloud_row(r, w.cam, view.width, f32(5.0 * chance(view.seed, key, 5) + 0.15 * seconds), w.columns, w.pixels)
+        if view.distractors > 1: clock(w.pixels, view.height, view.width, time_ms)
+    for i in range(u64(view.height * view.width)): out[i] = np.uint8(w.pixels[i])
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, block, out):
@@ -839,7 +840,7 @@ def render_kernel(scene, road, track_index, position, rotation, key, time_ms, vi
     for b in prange((n + block - 1) // block):
         w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(4 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
                     np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32),
-                    np.empty((MOST_SPANS + LANES) * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
+                    np.empty((MOST_SPANS + LANES) * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.int32),
                     np.empty(3), np.empty((3, 3)))
         for i in range(b * block, min(n, b * block + block)):
             draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
