@@ -324,6 +324,11 @@ ROAD_COLUMNS, ROAD_CELL_M, VERGE_CELL_M = 24, 0.625, 1.6  # columns of road on e
 N_SPEC = 8
 
 @njit(**INLINE)
+def whole(x):
+    "A whole number as an int32, in the bits of a float32."
+    return i32(x).view(np.float32)
+
+@njit(**INLINE)
 def keep(spans, n, field, x):
     "Set field number `field` of span `n`."
     spans[n + u64(field * STRIDE)] = x
@@ -343,7 +348,7 @@ def cut_rows(e, n, strips):
 @njit(**PIXEL)
 def find_spans(e, strips, begin, end, inner, spec, width, spans):
     "Put the spans of strips `begin` … `end - 1` into `spans`, until it holds MOST_SPANS; (the first strip left, the number of spans). Some may be empty. `spec`: see `make_spec`."
-    n, b, zero, one, columns = u64(0), u64(begin), f32(0.0), f32(1.0), f32(width)
+    n, b, zero, one, columns, grass_columns = u64(0), u64(begin), f32(0.0), f32(1.0), f32(width), f32(ROAD_CELL_M / VERGE_CELL_M)
     while b < u64(end) and n < u64(MOST_SPANS):
         k, skip = strips[b] >> 8, SPAN_LANES * (strips[b] & 255)
         a0, b0, c0, d0, a1, b1, c1, d1 = at(e, k, 0), at(e, k, 1), at(e, k, 2), at(e, k, 3), at(e, k, 4), at(e, k, 5), at(e, k, 6), at(e, k, 7)
@@ -370,8 +375,8 @@ def find_spans(e, strips, begin, end, inner, spec, width, spans):
             depth = one / there
             outer, fog, scale = half + grows * along * depth, min(depth * haze, f32(0.45)), per_u * part * f32(COLUMNS)
             keep(spans, m, 0, inv), keep(spans, m, 1, ix), keep(spans, m, 2, u * scale), keep(spans, m, 3, ux * scale), keep(spans, m, 4, v), keep(spans, m, 5, vx)
-            keep(spans, m, 6, outer * inner), keep(spans, m, 7, outer), keep(spans, m, 8, one - fog), keep(spans, m, 9, fog * haze_tone)
-            keep(spans, m, 10, table + size * (one - part)), keep(spans, m, 11, max(rows * part - one, zero) * f32(COLUMNS))
+            keep(spans, m, 6, outer * inner), keep(spans, m, 7, f32(ROAD_COLUMNS + 1) - outer * grass_columns), keep(spans, m, 8, one - fog), keep(spans, m, 9, fog * haze_tone)
+            keep(spans, m, 10, table + size * (one - part) + f32(COLUMNS // 2)), keep(spans, m, 11, whole(max(rows * part - one, zero) * f32(COLUMNS)))
             first_column, end_column = upwards(left), upwards(right)
             keep(spans, m, 12, f * columns + first_column), keep(spans, m, 13, first_column), keep(spans, m, 14, end_column - first_column)
         n += u64(min(i32(SPAN_LANES), i32(at(e, k, BOTTOM)) - i32(row) + i32(1)))
@@ -414,19 +419,17 @@ def shade(spans, blocks, n, pixels):
         k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
         p, start, room = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip
         inv0, ix, u0, ux, v0, vx = of(spans, k, 0), of(spans, k, 1), of(spans, k, 2), of(spans, k, 3), of(spans, k, 4), of(spans, k, 5)
-        inner, outer, clear, fog = of(spans, k, 6), of(spans, k, 7), of(spans, k, 8), of(spans, k, 9)
-        table, mask, grass = i32(of(spans, k, 10)), i32(of(spans, k, 11)), f32(ROAD_COLUMNS + 1) - grass_columns * outer
+        inner, grass, clear, fog, table, mask = of(spans, k, 6), of(spans, k, 7), of(spans, k, 8), of(spans, k, 9), of(spans, k, 10), f32(of(spans, k, 11)).view(np.int32)
         for j in range(u64(LANES)):
             c = start + f32(j)
             inv = inv0 + ix * c
             metres = f32(1.0) / inv
             v = (v0 + vx * c) * metres
             beside = abs(v)
-            x = f32(ROAD_COLUMNS + 0.5) if beside > inner else min(beside, f32(ROAD_COLUMNS - 0.1))
-            x = min(grass + beside * grass_columns, f32(COLUMNS // 2 - 0.1)) if beside > outer else x
-            x = f32(COLUMNS // 2) + math.copysign(x, v)
+            verge = max(f32(ROAD_COLUMNS + 0.5), min(f32(COLUMNS // 2 - 0.1), grass + beside * grass_columns))  # or the edge
+            x = verge if beside > inner else min(f32(ROAD_COLUMNS - 0.1), beside)  # min and max return their first argument when the other is not a number
             along = i32(i32((u0 + ux * c) * metres) & mask)
-            new, was = pixel(inv, texel(i32(table + i32(along + i32(i32(x) & i32(COLUMNS - 1))))) * clear + fog), pixels[p + j]
+            new, was = pixel(inv, texel(i32(along + i32(table + math.copysign(x, v)))) * clear + fog), pixels[p + j]
             new = new if f32(j) < room else i32(0)
             pixels[p + j] = new if new > was else was
 
@@ -436,7 +439,7 @@ def shade_flat(spans, blocks, n, pixels):
     for b in range(n):
         k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
         p, start, room, inv0, ix = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip, of(spans, k, 0), of(spans, k, 1)
-        gray = texel(i32(of(spans, k, 10) + of(spans, k, 4) / inv0) + i32(COLUMNS // 2))
+        gray = texel(i32(of(spans, k, 10) + of(spans, k, 4) / inv0))
         for j in range(u64(LANES)):
             new, was = pixel(inv0 + ix * (start + f32(j)), gray), pixels[p + j]
             new = new if f32(j) < room else i32(0)
