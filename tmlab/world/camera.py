@@ -528,7 +528,7 @@ def car_batch():
     return out.ravel(), len(rows)
 
 # %% ../../nbs/world/20_camera.ipynb #850d389c
-EMPTY = i32(np.float32(1.0 / RANGE_M).view(np.int32) | 255)  # a pixel in which nothing was drawn; also what ground and sky leave there, as they are tones without depth
+BEHIND = i32(np.float32(1.0 / RANGE_M).view(np.int32) & -256)  # a pixel of ground or sky, without its tone
 MOST_COLUMNS = MOST_PIXELS + 2 * LANES
 HORIZON, HILLS = f32(-1e-3), f32(0.2)  # a ray that falls less than this is sky; one that rises more is above all hills
 # tones: sky at the horizon, per unit of elevation, to one side; hills, to one side, per unit of elevation, height; ground, fields, furrows, haze per metre, its tone
@@ -537,7 +537,7 @@ AIR_CLASSES = (SKY, 0, 0, SKY, 0, 0, 0, GROUND, 0, 0, 0, 0)
 
 @njit(**PIXEL)
 def bearings(cam, width, air, columns):
-    "Fill `columns` (4 x MOST_COLUMNS,) per column: elevation per unit of a ray's rise, height of the hills, their tone, the sky's tone at the horizon."
+    "Fill `columns` (5 x MOST_COLUMNS,) per column: elevation per unit of a ray's rise, height of the hills, their tone, the sky's tone at the horizon, elevation where a ray of column 0 does not rise."
     m, drop = u64(MOST_COLUMNS), cam[25] if abs(cam[25]) > f32(1e-6) else f32(1e-6)
     t, tx = -cam[19] / drop, -cam[22] / drop  # the row where a column meets the horizon is t + tx column
     x0, xx, z0, zx = cam[18] + t * cam[24], cam[21] + tx * cam[24], cam[20] + t * cam[26], cam[23] + tx * cam[26]
@@ -551,40 +551,33 @@ def bearings(cam, width, air, columns):
             zz = z * z
             sine5, cosine3 = x * (f32(16.0) * zz * zz - f32(12.0) * zz + f32(1.0)), z * (f32(4.0) * zz - f32(3.0))  # of 5 and 3 times the bearing
             columns[c], columns[c + m] = per, (f32(0.05) + f32(0.044) * x * z + f32(0.018) * cosine3 + f32(0.016) * sine5) * tall
-            columns[c + u64(2) * m], columns[c + u64(3) * m] = hill + hill_side * x, sky + sky_side * z
+            columns[c + u64(2) * m], columns[c + u64(3) * m], columns[c + u64(4) * m] = hill + hill_side * x, sky + sky_side * z, cam[22] * f * per
 
 @njit(**PIXEL)
 def sky_row(r, cam, width, air, columns, pixels):
-    "Put hills and sky into row `r`."
-    m, rise0, rise_x, fade, hill_fade = u64(MOST_COLUMNS), cam[19] + cam[25] * f32(r), cam[22], air[1], air[5]
-    for first in range(0, width, LANES):
-        p, c, room = u64(r * width + first), u64(first), f32(width - first)
-        for j in range(u64(LANES)):
-            rise = rise0 + rise_x * (f32(first) + f32(j))
-            up = rise * columns[c + j]
-            hills, sky = columns[c + j + u64(2) * m] + hill_fade * up, columns[c + j + u64(3) * m] + fade * min(up, f32(1.0))
-            t = hills if up < columns[c + j + m] else sky
-            pixels[p + j] = i32(t) if (pixels[p + j] <= EMPTY) & (rise > HORIZON) & (f32(j) < room) else pixels[p + j]
+    "Begin row `r` with hills and sky, and something below the horizon."
+    m, p, rise, fade, hill_fade = u64(MOST_COLUMNS), u64(r * width), cam[19] + cam[25] * f32(r), air[1], air[5]
+    for c in range(u64(width)):
+        up = columns[c + u64(4) * m] + rise * columns[c]
+        hills, sky = columns[c + u64(2) * m] + hill_fade * up, columns[c + u64(3) * m] + fade * min(up, f32(1.0))
+        pixels[p + c] = i32(BEHIND | i32(i32(hills if up < columns[c + m] else sky) & i32(255)))
 
 @njit(**PIXEL)
 def high_sky_row(r, cam, width, air, columns, pixels):
     "As `sky_row`, for a row above all hills."
-    m, rise0, rise_x, fade = u64(MOST_COLUMNS), cam[19] + cam[25] * f32(r), cam[22], air[1]
-    for first in range(0, width, LANES):
-        p, c, room = u64(r * width + first), u64(first), f32(width - first)
-        for j in range(u64(LANES)):
-            t = columns[c + j + u64(3) * m] + fade * min((rise0 + rise_x * (f32(first) + f32(j))) * columns[c + j], f32(1.0))
-            pixels[p + j] = i32(t) if (pixels[p + j] <= EMPTY) & (f32(j) < room) else pixels[p + j]
+    m, p, rise, fade = u64(MOST_COLUMNS), u64(r * width), cam[19] + cam[25] * f32(r), air[1]
+    for c in range(u64(width)):
+        pixels[p + c] = i32(BEHIND | i32(i32(columns[c + u64(3) * m] + fade * min(columns[c + u64(4) * m] + rise * columns[c], f32(1.0))) & i32(255)))
 
 @njit(**PIXEL)
 def ground_row(r, cam, drop, width, air, pixels):
-    "Put the ground, `drop` m above the eye (so negative), into row `r`."
+    "Put the ground, `drop` m above the eye (so negative), into row `r` where nothing was drawn."
     f, one = f32(r), i32(1)
     x0, y0, z0, xx, yx, zx = cam[18] + cam[24] * f, cam[19] + cam[25] * f, cam[20] + cam[26] * f, cam[21], cam[22], cam[23]
     ex, ez, base, fields, furrows, haze, haze_tone = cam[0], cam[2], air[7], air[8], air[9], air[10], air[11]
     for first in range(0, width, LANES):
         p, room, empty = u64(r * width + first), f32(width - first), False
-        for j in range(u64(LANES)): empty |= pixels[p + j] <= EMPTY
+        for j in range(u64(LANES)): empty |= pixels[p + j] < BEHIND + i32(256)
         if not empty: continue
         for j in range(u64(LANES)):
             c = f32(first) + f32(j)
@@ -593,19 +586,27 @@ def ground_row(r, cam, drop, width, air, pixels):
             a, b = i32((ex + metres * (x0 + xx * c)) * f32(0.125) + f32(8192.0)), i32((ez + metres * (z0 + zx * c)) * f32(0.125) + f32(8192.0))
             t = base + (fields if i32(i32(a ^ b) & one) == i32(0) else f32(0.0)) + (furrows if i32(i32(i32(a ^ i32(a >> one)) ^ i32(b >> i32(2))) & one) == i32(0) else f32(0.0))
             t = t + min(metres * haze, f32(0.45)) * (haze_tone - t)
-            pixels[p + j] = i32(t) if (pixels[p + j] <= EMPTY) & (rise <= HORIZON) & (f32(j) < room) else pixels[p + j]
+            pixels[p + j] = i32(BEHIND | i32(t)) if (pixels[p + j] < BEHIND + i32(256)) & (rise <= HORIZON) & (f32(j) < room) else pixels[p + j]
 
 @njit(**PLAIN)
-def fill_background(cam, ground_y, height, width, air, columns, pixels):
-    "Ground and sky wherever nothing was drawn."
+def begin_rows(cam, height, width, air, columns, pixels):
+    "Begin the picture: rows with some sky, and empty ones."
     bearings(cam, width, air, columns)
-    drop = min(f32(ground_y) - cam[1], f32(-1e-3))
     for r in range(height):
         left = cam[19] + cam[25] * f32(r)
         right = left + cam[22] * f32(width - 1)
         if min(left, right) > HILLS: high_sky_row(r, cam, width, air, columns, pixels)
         elif max(left, right) > HORIZON: sky_row(r, cam, width, air, columns, pixels)
-        if min(left, right) <= HORIZON: ground_row(r, cam, drop, width, air, pixels)
+        else:
+            for c in range(u64(width)): pixels[u64(r * width) + c] = BEHIND
+
+@njit(**PLAIN)
+def fill_ground(cam, ground_y, height, width, air, pixels):
+    "Ground wherever nothing was drawn below the horizon."
+    drop = min(f32(ground_y) - cam[1], f32(-1e-3))
+    for r in range(height):
+        left = cam[19] + cam[25] * f32(r)
+        if min(left, left + cam[22] * f32(width - 1)) <= HORIZON: ground_row(r, cam, drop, width, air, pixels)
 
 # %% ../../nbs/world/20_camera.ipynb #f588f617
 GLYPHS = (31599, 11415, 29671, 29647, 23497, 31183, 31215, 29257, 31727, 31695)  # digits 0 … 9, 5 rows of 3 bits
@@ -648,12 +649,13 @@ def cloud_row(r, cam, width, drift, columns, pixels):
     x0, y0, z0 = cam[18] + cam[24] * f, cam[19] + cam[25] * f, cam[20] + cam[26] * f
     for c in range(u64(width)):
         p, rise = u64(r * width) + c, y0 + cam[22] * f32(c)
-        if pixels[p] > EMPTY or rise * columns[c] < max(columns[c + m], f32(0.03)): continue
+        if pixels[p] >= BEHIND + i32(256) or rise * columns[c] < max(columns[c + m], f32(0.03)): continue
         x, z = (x0 + cam[21] * f32(c)) / rise + drift, (z0 + cam[23] * f32(c)) / rise
         thick = wave(f32(0.53) * x + f32(0.17) * z) + wave(f32(0.41) * z - f32(0.23) * x) + f32(0.6) * wave(f32(1.31) * x + f32(0.97) * z) + f32(0.4) * wave(f32(2.3) * z - f32(1.9) * x)
         white = min(max(thick * f32(1.1) - f32(1.6), f32(0.0)), f32(1.0))
         white *= white * (f32(3.0) - f32(2.0) * white) * min(rise * columns[c] * f32(6.0), f32(1.0))
-        pixels[p] = i32(f32(pixels[p]) + white * (f32(246.0) - f32(pixels[p])))
+        tone = f32(i32(pixels[p] & i32(255)))
+        pixels[p] = i32(BEHIND | i32(tone + white * (f32(246.0) - tone)))
 
 @njit(**PLAIN)
 def box(pixels, height, width, row, column, rows, columns, gray):
@@ -827,9 +829,9 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, spri
     aim(position, rotation, view.back, view.above, view.pitch, w.cam)
     if view.distractors > 1: shake(w.cam, view.seed, key, seconds)
     look(w.cam, view.height, view.width)
-    for i in range(u64(view.height * view.width + LANES)): w.pixels[i] = EMPTY
+    begin_rows(w.cam, view.height, view.width, paint.air, w.columns, w.pixels)
     draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w)
-    fill_background(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.columns, w.pixels)
+    fill_ground(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.pixels)
     if not paint.as_classes:
         if view.distractors > 0:
             for r in range(view.height): cloud_row(r, w.cam, view.width, f32(5.0 * chance(view.seed, key, 5) + 0.15 * seconds), w.columns, w.pixels)
@@ -841,7 +843,7 @@ def render_kernel(scene, road, track_index, position, rotation, key, time_ms, vi
     "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees; `block` cars share one set of scratch arrays."
     n, height, width = len(out), view.height, view.width
     for b in prange((n + block - 1) // block):
-        w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(4 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
+        w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(5 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
                     np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32),
                     np.empty((MOST_SPANS + LANES) * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.int32),
                     np.empty(3), np.empty((3, 3)))
@@ -855,10 +857,10 @@ def check(tracks, track_index, position, rotation, image_size, view, out, distra
     if distractors not in (0, 1, 2, 3): raise ValueError(f"distractors {distractors!r}: 0, 1, 2 or 3")
     if distractors and time_ms is None: raise ValueError("distractors move: give time_ms")
     if min(image_size) < 1 or max(image_size) > MOST_PIXELS: raise ValueError(f"image_size {image_size}: 1 … {MOST_PIXELS} pixels each way")
-    position = np.ascontiguousarray(position, np.float64).reshape(-1, 3)
-    rotation = np.ascontiguousarray(rotation, np.float64).reshape(-1, 3, 3)
+    position = np.require(position, np.float64, "CW").reshape(-1, 3)  # writable, as the kernel would be compiled anew for read-only arrays
+    rotation = np.require(rotation, np.float64, "CW").reshape(-1, 3, 3)
     n, last = len(position), len(tracks.offset) - 2
-    track_index = np.ascontiguousarray(np.broadcast_to(track_index, n), np.int64)
+    track_index = np.require(np.broadcast_to(track_index, n), np.int64, "CW")
     if len(rotation) != n: raise ValueError(f"{n} positions, {len(rotation)} rotations")
     if n and not 0 <= track_index.min() <= track_index.max() <= last: raise ValueError(f"track_index outside 0 … {last}")
     if not (np.isfinite(position).all() and np.isfinite(rotation).all()): raise ValueError("a car's position or rotation is not finite")
@@ -877,7 +879,7 @@ def draw(tracks, track_index, position, rotation, image_size, view, out, car, di
     n, (height, width) = len(position), image_size
     if out is None: out = np.empty((n, height, width), np.uint8)
     car = bool(car) and view == "chase"
-    scene, per_car = scene_of(tracks), lambda x, dtype: np.ascontiguousarray(np.broadcast_to(x, n), dtype)
+    scene, per_car = scene_of(tracks), lambda x, dtype: np.require(np.broadcast_to(x, n), dtype, "CW")
     render_kernel(scene, RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields]), track_index, position, rotation,
                   per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
                   View(int(height), int(width), *(CHASE if view == "chase" else HOOD), car, int(distractors), int(seed)), make_paint(as_classes), make_sprites(int(height), int(width), as_classes, car and distractors < 2),
