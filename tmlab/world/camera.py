@@ -7,19 +7,20 @@ __all__ = ['TAN_X', 'TAN_Y', 'CHASE', 'HOOD', 'NEAR_M', 'RANGE_M', 'INLINE', 'PL
            'AHEAD', 'COLUMN', 'ROW', 'RAY', 'RAY_X', 'RAY_Y', 'N_CAM', 'LEVELS', 'TOLERANCE_M', 'PAINTS',
            'ASPHALT_PAINT', 'DIRT_PAINT', 'TURBO_PAINT', 'GRASS_PAINT', 'UNDERSIDE', 'WALL_PAINT', 'ISLAND_PAINT',
            'GATE_PAINT', 'FINISH_PAINT', 'CAR_PAINT', 'SHADOW_PAINT', 'MID_U', 'HALF', 'GROWTH', 'PAINT', 'FIELDS',
-           'WIDE', 'Scene', 'SCENES', 'MOST', 'LANES', 'BOUNDS', 'INV', 'U', 'V', 'TOP', 'BOTTOM', 'NEAREST', 'PAINTED',
-           'HALF_AT', 'GROWS', 'N_SET', 'PIXEL', 'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE',
-           'COLUMNS', 'ROWS', 'MIPS', 'CELL_M', 'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES',
-           'CAR_SHAPE', 'FAR', 'MOST_COLUMNS', 'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'TILTS', 'TILT_STEP',
-           'Sprites', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View', 'Paint', 'Scratch', 'set_axes',
-           'aim', 'look', 'from_car', 'quad_rows', 'deviation', 'cuts', 'lines_of', 'ribbon_rows', 'upright_rows',
-           'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at', 'put', 'dot', 'cross', 'minus',
-           'plus', 'corner', 'scaled', 'size', 'add_bound', 'rows_between', 'upwards', 'set_up', 'keep', 'find_spans',
-           'cut_blocks', 'texel', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips', 'make_textures',
-           'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row', 'fill_background', 'chance',
-           'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at', 'other_car', 'draw_tilts',
-           'make_sprites', 'tilt_of', 'copy_sprite', 'distances', 'find_quads', 'take_quads', 'take_car', 'draw_all',
-           'draw_car', 'render_kernel', 'check', 'make_paint', 'draw', 'render', 'render_classes']
+           'WIDE', 'Scene', 'SCENES', 'MOST', 'LANES', 'BOUNDS', 'INV', 'U', 'V', 'TOP', 'BOTTOM', 'PAINTED', 'HALF_AT',
+           'GROWS', 'N_SET', 'PIXEL', 'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE', 'COLUMNS', 'ROWS',
+           'MIPS', 'CELL_M', 'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES', 'CAR_SHAPE', 'BEHIND',
+           'MOST_COLUMNS', 'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'TILTS', 'TILT_STEP', 'Sprites',
+           'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View', 'Paint', 'Scratch', 'set_axes', 'aim', 'look',
+           'from_car', 'quad_rows', 'deviation', 'cuts', 'lines_of', 'ribbon_rows', 'upright_rows', 'end_rows',
+           'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at', 'four', 'put', 'dot', 'cross', 'minus', 'plus',
+           'corner', 'scaled', 'size', 'put_bound', 'add_bound', 'rows_between', 'upwards', 'set_up', 'whole', 'keep',
+           'cut_rows', 'find_spans', 'cut_blocks', 'texel', 'of', 'pixel', 'shade', 'shade_flat', 'fill', 'paint_tones',
+           'mips', 'make_textures', 'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row',
+           'begin_rows', 'fill_ground', 'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock',
+           'section_at', 'other_car', 'draw_tilts', 'make_sprites', 'tilt_of', 'copy_sprite', 'distances', 'find_quads',
+           'take_quads', 'take_car', 'draw_all', 'draw_car', 'draw_block', 'render_kernel', 'check', 'make_paint',
+           'draw', 'render', 'render_classes']
 
 # %% ../../nbs/world/20_camera.ipynb #a04eaadf
 import math, weakref
@@ -204,12 +205,18 @@ def scene_of(tracks):
 # %% ../../nbs/world/20_camera.ipynb #bee31651
 MOST, LANES = 64, 16  # quads in a batch; quads, and pixels, that are worked on at once
 BOUNDS, INV, U, V, TOP, BOTTOM, PAINTED, HALF_AT, GROWS = 0, 20, 23, 26, 29, 30, 31, 32, 33  # fields of a quad that was set up
-N_SET = 34
+N_SET = 36  # the last two are not used
 
 @njit(**INLINE)
 def at(e, k, field):
     "Field number `field` of quad `k` in a batch."
     return e[u64(k) + u64(field * MOST)]
+
+@njit(**INLINE)
+def four(e, k, field):
+    "Four fields from `field` on."
+    i = u64(k) + u64(field * MOST)
+    return e[i], e[i + u64(MOST)], e[i + u64(2 * MOST)], e[i + u64(3 * MOST)]
 
 @njit(**INLINE)
 def put(e, k, field, x, y, z):
@@ -351,14 +358,12 @@ def find_spans(e, strips, begin, end, inner, spec, width, spans):
     n, b, zero, one, columns, grass_columns = u64(0), u64(begin), f32(0.0), f32(1.0), f32(width), f32(ROAD_CELL_M / VERGE_CELL_M)
     while b < u64(end) and n < u64(MOST_SPANS):
         k, skip = strips[b] >> 8, SPAN_LANES * (strips[b] & 255)
-        a0, b0, c0, d0, a1, b1, c1, d1 = at(e, k, 0), at(e, k, 1), at(e, k, 2), at(e, k, 3), at(e, k, 4), at(e, k, 5), at(e, k, 6), at(e, k, 7)
-        a2, b2, c2, d2, a3, b3, c3, d3 = at(e, k, 8), at(e, k, 9), at(e, k, 10), at(e, k, 11), at(e, k, 12), at(e, k, 13), at(e, k, 14), at(e, k, 15)
-        a4, b4, c4, d4 = at(e, k, 16), at(e, k, 17), at(e, k, 18), at(e, k, 19)
-        i0, ix, iy, u0, ux, uy, v0, vx, vy = at(e, k, 20), at(e, k, 21), at(e, k, 22), at(e, k, 23), at(e, k, 24), at(e, k, 25), at(e, k, 26), at(e, k, 27), at(e, k, 28)
-        o = u64(i32(at(e, k, PAINTED)) * N_SPEC)
+        (a0, b0, c0, d0), (a1, b1, c1, d1), (a2, b2, c2, d2), (a3, b3, c3, d3), (a4, b4, c4, d4) = four(e, k, 0), four(e, k, 4), four(e, k, 8), four(e, k, 12), four(e, k, 16)
+        (i0, ix, iy, u0), (ux, uy, v0, vx), (vy, top, bottom, painted), (half, grows, _, _) = four(e, k, INV), four(e, k, INV + 4), four(e, k, INV + 8), four(e, k, INV + 12)
+        o = u64(i32(painted) * N_SPEC)
         per_u, per_v, haze, haze_tone, table, size, rows = spec[o], spec[o + u64(1)], spec[o + u64(2)], spec[o + u64(3)], spec[o + u64(4)], spec[o + u64(5)], spec[o + u64(6)]
-        v0, vx, vy, half, grows = v0 * per_v, vx * per_v, vy * per_v, at(e, k, HALF_AT) * per_v, at(e, k, GROWS) * per_v
-        row = at(e, k, TOP) + f32(skip)
+        v0, vx, vy, half, grows = v0 * per_v, vx * per_v, vy * per_v, half * per_v, grows * per_v
+        row = top + f32(skip)
         for j in range(u64(SPAN_LANES)):
             f, m = row + f32(j), n + j
             left = max(max(max(a0 + b0 * f, a1 + b1 * f), max(a2 + b2 * f, a3 + b3 * f)), max(a4 + b4 * f, zero))
@@ -379,7 +384,7 @@ def find_spans(e, strips, begin, end, inner, spec, width, spans):
             keep(spans, m, 10, table + size * (one - part) + f32(COLUMNS // 2)), keep(spans, m, 11, whole(max(rows * part - one, zero) * f32(COLUMNS)))
             first_column, end_column = upwards(left), upwards(right)
             keep(spans, m, 12, f * columns + first_column), keep(spans, m, 13, first_column), keep(spans, m, 14, end_column - first_column)
-        n += u64(min(i32(SPAN_LANES), i32(at(e, k, BOTTOM)) - i32(row) + i32(1)))
+        n += u64(min(i32(SPAN_LANES), i32(bottom) - i32(row) + i32(1)))
         b += u64(1)
     return b, n
 
@@ -838,17 +843,20 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, spri
         if view.distractors > 1: clock(w.pixels, view.height, view.width, time_ms)
     for i in range(u64(view.height * view.width)): out[i] = np.uint8(w.pixels[i])
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def draw_block(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, first, end, out):
+    "As `render_kernel`, for cars `first` … `end - 1`, which share one set of scratch arrays."
+    height, width = view.height, view.width
+    w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(5 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
+                np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32),
+                np.empty((MOST_SPANS + LANES) * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.int32), np.empty(3), np.empty((3, 3)))
+    for i in range(first, end): draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
+
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, block, out):
-    "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees; `block` cars share one set of scratch arrays."
-    n, height, width = len(out), view.height, view.width
-    for b in prange((n + block - 1) // block):
-        w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(5 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
-                    np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32),
-                    np.empty((MOST_SPANS + LANES) * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.int32),
-                    np.empty(3), np.empty((3, 3)))
-        for i in range(b * block, min(n, b * block + block)):
-            draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
+    "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees, `block` cars at a time."
+    n = len(out)
+    for b in prange((n + block - 1) // block): draw_block(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, b * block, min(n, b * block + block), out)
 
 # %% ../../nbs/world/20_camera.ipynb #85df612e
 def check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms):
