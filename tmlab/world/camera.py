@@ -29,6 +29,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 import numpy as np
 from numba import get_num_threads, njit, prange
+from numba.extending import overload
 from ..core.runs import derive_seed
 from ..tracks.geometry import (BEAM, CAR, CHUNK, DIRT, EDGE, EDGE_WIDTH, GATE, GATE_HEIGHT, GRASS, GROUND, ISLAND_HEIGHT, POST, ROAD, SKY, TURBO, VERGE, WALL,
                                    edge_share, unit)
@@ -400,10 +401,15 @@ def cut_blocks(spans, n, blocks):
         m += count
     return m
 
-@njit(**INLINE)
-def texel(i):
-    "Tone number `i` of all textures. The only place that reads them: a constant array of this size suits processors, a card may need it elsewhere."
-    return TEXTURES[u64(i)]
+def texel(textures, i):
+    "Tone number `i` of all `textures`."
+    return textures[u64(i)]
+
+@overload(texel, target="cpu")
+def texel_on_cpu(textures, i): return lambda textures, i: TEXTURES[u64(i)]  # a constant: the compiler knows that drawing does not change it
+
+@overload(texel, target="cuda")
+def texel_on_cuda(textures, i): return lambda textures, i: textures[u64(i)]  # too large for a card's constants
 
 @njit(**INLINE)
 def of(spans, k, field):
@@ -416,7 +422,7 @@ def pixel(inv, tone):
     return i32(i32(f32(inv).view(np.int32) & i32(-256)) | i32(i32(tone) & i32(255)))
 
 @njit(**PIXEL)
-def shade(spans, blocks, n, pixels):
+def shade(spans, blocks, n, textures, pixels):
     """Draw `n` blocks where they are nearer than what is there (see `pixel`). Beyond the span's end a block's lanes write back what they read, also into the next row
     or behind the picture, which therefore has LANES pixels to spare."""
     grass_columns = f32(ROAD_CELL_M / VERGE_CELL_M)
@@ -434,32 +440,32 @@ def shade(spans, blocks, n, pixels):
             verge = max(f32(ROAD_COLUMNS + 0.5), min(f32(COLUMNS // 2 - 0.1), grass + beside * grass_columns))  # or the edge
             x = verge if beside > inner else min(f32(ROAD_COLUMNS - 0.1), beside)  # min and max return their first argument when the other is not a number
             along = i32(i32((u0 + ux * c) * metres) & mask)
-            new, was = pixel(inv, texel(i32(along + i32(table + math.copysign(x, v)))) * clear + fog), pixels[p + j]
+            new, was = pixel(inv, texel(textures, i32(along + i32(table + math.copysign(x, v)))) * clear + fog), pixels[p + j]
             new = new if f32(j) < room else i32(0)
             pixels[p + j] = new if new > was else was
 
 @njit(**PIXEL)
-def shade_flat(spans, blocks, n, pixels):
+def shade_flat(spans, blocks, n, textures, pixels):
     "As `shade`, for quads of one tone each."
     for b in range(n):
         k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
         p, start, room, inv0, ix = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip, of(spans, k, 0), of(spans, k, 1)
-        gray = texel(i32(of(spans, k, 10) + of(spans, k, 4) / inv0))
+        gray = texel(textures, i32(of(spans, k, 10) + of(spans, k, 4) / inv0))
         for j in range(u64(LANES)):
             new, was = pixel(inv0 + ix * (start + f32(j)), gray), pixels[p + j]
             new = new if f32(j) < room else i32(0)
             pixels[p + j] = new if new > was else was
 
 @njit(**PLAIN)
-def fill(q, n, cam, height, width, inner, spec, flat, e, strips, spans, blocks, pixels):
+def fill(q, n, cam, height, width, inner, spec, textures, flat, e, strips, spans, blocks, pixels):
     "Draw the first `n` quads in `q`, as `cam` sees them; `inner`: the part of the road's half width that is not edge."
     set_up(q, n, cam, height, width, e)
     end, done = cut_rows(e, n, strips), u64(0)
     while done < end:
         done, m = find_spans(e, strips, done, end, inner, spec, width, spans)
         count = cut_blocks(spans, m, blocks)
-        if flat: shade_flat(spans, blocks, count, pixels)
-        else: shade(spans, blocks, count, pixels)
+        if flat: shade_flat(spans, blocks, count, textures, pixels)
+        else: shade(spans, blocks, count, textures, pixels)
 
 # %% ../../nbs/world/20_camera.ipynb #fdf036fb
 def paint_tones():
@@ -720,7 +726,7 @@ def draw_tilts(height, width, spec, car_quads, car_count, back, above, pitch):
         pixels, sine = np.zeros(height * width + LANES, np.int32), TILT_STEP * (k - TILTS)
         set_axes(0.0, 0.0, 0.0, sine, math.sqrt(1.0 - sine * sine), 0.0, 0.0, 0.0, 1.0, back, above, pitch, cam)
         look(cam, height, width)
-        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, True, e, strips, spans, blocks, pixels)
+        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, TEXTURES, True, e, strips, spans, blocks, pixels)
         for i in range(height * width): out[k, i // width, i % width] = pixels[i]
     return out
 
@@ -760,8 +766,9 @@ PIXELS, OTHERS_PER_M = 0.4, 1 / 45
 ROAD_ARRAYS = "offset centre tangent left up s half_width"
 RoadArrays = namedtuple("RoadArrays", ROAD_ARRAYS.split())
 View = namedtuple("View", "height width back above pitch car distractors seed")
-Paint = namedtuple("Paint", "spec air car_quads car_count as_classes")
+Paint = namedtuple("Paint", "spec textures air car_quads car_count as_classes")
 Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up strips spans blocks pixels position rotation")
+SCRATCH_TYPES = "f4 f4 f4 f4 i4 f4 f4 i4 f4 i4 i4"  # of a `Scratch`, but for the float64 pose at its end
 
 @njit(**PIXEL)
 def distances(cam, ball, lo, hi, far):
@@ -824,7 +831,7 @@ def draw_all(scene, road, t, position, rotation, key, seconds, view, paint, spri
             else: from_car(w.cam, position, rotation, w.own)
             look(w.own, view.height, view.width)
             take_car(paint.car_quads, w.quads)
-        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, part >= batches, w.set_up, w.strips, w.spans, w.blocks, w.pixels)
+        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, paint.textures, part >= batches, w.set_up, w.strips, w.spans, w.blocks, w.pixels)
     if view.car and sprite >= 0: copy_sprite(sprites.pixels, sprite, sprites.row, sprites.column, view.width, w.pixels)
 
 @njit(**INLINE)
@@ -843,13 +850,18 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, spri
         if view.distractors > 1: clock(w.pixels, view.height, view.width, time_ms)
     for i in range(u64(view.height * view.width)): out[i] = np.uint8(w.pixels[i])
 
+@njit(**INLINE)
+def scratch_sizes(scene, view):
+    "Lengths of the arrays of a `Scratch`, but for the pose at its end."
+    return (N_CAM, N_CAM, 5 * MOST_COLUMNS, scene.most_chunks, scene.most_quads, FIELDS * MOST, N_SET * MOST, MOST * (view.height // SPAN_LANES + 2), N_SPAN * STRIDE,
+            (MOST_SPANS + LANES) * (view.width // LANES + 2) + 4, view.height * view.width + LANES)
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def draw_block(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, first, end, out):
     "As `render_kernel`, for cars `first` … `end - 1`, which share one set of scratch arrays."
-    height, width = view.height, view.width
-    w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(5 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
-                np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32),
-                np.empty((MOST_SPANS + LANES) * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.int32), np.empty(3), np.empty((3, 3)))
+    a = scratch_sizes(scene, view)
+    w = Scratch(np.empty(a[0], np.float32), np.empty(a[1], np.float32), np.empty(a[2], np.float32), np.empty(a[3], np.float32), np.empty(a[4], np.int32), np.zeros(a[5], np.float32), np.zeros(a[6], np.float32),
+                np.empty(a[7], np.int32), np.empty(a[8], np.float32), np.empty(a[9], np.int32), np.empty(a[10], np.int32), np.empty(3), np.empty((3, 3)))
     for i in range(first, end): draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
@@ -859,13 +871,24 @@ def render_kernel(scene, road, track_index, position, rotation, key, time_ms, vi
     for b in prange((n + block - 1) // block): draw_block(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, b * block, min(n, b * block + block), out)
 
 # %% ../../nbs/world/20_camera.ipynb #85df612e
-def check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms):
-    "ValueError for arguments that cannot be drawn; the arrays, made contiguous."
+def make_view(image_size, view, car, distractors, seed):
+    "`View` of a picture; ValueError for what cannot be drawn."
     if view not in ("chase", "hood"): raise ValueError(f"no camera view {view!r}; there are chase and hood")
     if distractors not in (0, 1, 2, 3): raise ValueError(f"distractors {distractors!r}: 0, 1, 2 or 3")
-    if distractors and time_ms is None: raise ValueError("distractors move: give time_ms")
     if min(image_size) < 1 or max(image_size) > MOST_PIXELS: raise ValueError(f"image_size {image_size}: 1 … {MOST_PIXELS} pixels each way")
-    position = np.require(position, np.float64, "CW").reshape(-1, 3)  # writable, as the kernel would be compiled anew for read-only arrays
+    return View(*map(int, image_size), *(CHASE if view == "chase" else HOOD), bool(car) and view == "chase", int(distractors), int(seed))
+
+def sprites_of(view, as_classes=False):
+    "The `Sprites` for a `View`; none with a shaking camera."
+    return make_sprites(view.height, view.width, as_classes, view.car and view.distractors < 2)
+
+def road_of(tracks):
+    "The `RoadArrays` among the arrays of packed tracks."
+    return RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields])
+
+def check(tracks, track_index, position, rotation, image_size, out):
+    "ValueError for arguments that cannot be drawn; the arrays, contiguous and writable, as the kernel would be compiled anew for read-only ones."
+    position = np.require(position, np.float64, "CW").reshape(-1, 3)
     rotation = np.require(rotation, np.float64, "CW").reshape(-1, 3, 3)
     n, last = len(position), len(tracks.offset) - 2
     track_index = np.require(np.broadcast_to(track_index, n), np.int64, "CW")
@@ -879,19 +902,18 @@ def check(tracks, track_index, position, rotation, image_size, view, out, distra
 @lru_cache(None)
 def make_paint(as_classes):
     "`Paint` for tones or classes."
-    return Paint(make_spec(as_classes), np.array(AIR_CLASSES if as_classes else AIR, np.float32), *car_batch(), as_classes)
+    return Paint(make_spec(as_classes), TEXTURES, np.array(AIR_CLASSES if as_classes else AIR, np.float32), *car_batch(), as_classes)
 
 def draw(tracks, track_index, position, rotation, image_size, view, out, car, distractors, time_ms, seed, key, as_classes):
     "Check the arguments and run the kernel; see `render`."
-    track_index, position, rotation = check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms)
+    view = make_view(image_size, view, car, distractors, seed)
+    if distractors and time_ms is None: raise ValueError("distractors move: give time_ms")
+    track_index, position, rotation = check(tracks, track_index, position, rotation, image_size, out)
     n, (height, width) = len(position), image_size
     if out is None: out = np.empty((n, height, width), np.uint8)
-    car = bool(car) and view == "chase"
-    scene, per_car = scene_of(tracks), lambda x, dtype: np.require(np.broadcast_to(x, n), dtype, "CW")
-    render_kernel(scene, RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields]), track_index, position, rotation,
-                  per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
-                  View(int(height), int(width), *(CHASE if view == "chase" else HOOD), car, int(distractors), int(seed)), make_paint(as_classes), make_sprites(int(height), int(width), as_classes, car and distractors < 2),
-                  min(64, max(4, n // (2 * get_num_threads()))), out.reshape(n, height * width))
+    per_car = lambda x, dtype: np.require(np.broadcast_to(x, n), dtype, "CW")
+    render_kernel(scene_of(tracks), road_of(tracks), track_index, position, rotation, per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
+                  view, make_paint(as_classes), sprites_of(view, as_classes), min(64, max(4, n // (2 * get_num_threads()))), out.reshape(n, height * width))
     return out
 
 def render(tracks, track_index, position, rotation, image_size=(64, 64), view="chase", out=None, car=True, distractors=0, time_ms=None, seed=0, key=None):
