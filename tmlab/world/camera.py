@@ -11,15 +11,17 @@ __all__ = ['TAN_X', 'TAN_Y', 'CHASE', 'HOOD', 'NEAR_M', 'RANGE_M', 'INLINE', 'PL
            'GROWS', 'N_SET', 'PIXEL', 'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE', 'COLUMNS', 'ROWS',
            'MIPS', 'CELL_M', 'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES', 'CAR_SHAPE', 'BEHIND',
            'MOST_COLUMNS', 'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'TILTS', 'TILT_STEP', 'Sprites',
-           'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View', 'Paint', 'Scratch', 'set_axes', 'aim', 'look',
-           'from_car', 'quad_rows', 'deviation', 'cuts', 'lines_of', 'ribbon_rows', 'upright_rows', 'end_rows',
-           'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at', 'four', 'put', 'dot', 'cross', 'minus', 'plus',
-           'corner', 'scaled', 'size', 'put_bound', 'add_bound', 'rows_between', 'upwards', 'set_up', 'whole', 'keep',
-           'cut_rows', 'find_spans', 'cut_blocks', 'texel', 'of', 'pixel', 'shade', 'shade_flat', 'fill', 'paint_tones',
-           'mips', 'make_textures', 'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row',
-           'begin_rows', 'fill_ground', 'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock',
-           'section_at', 'other_car', 'draw_tilts', 'make_sprites', 'tilt_of', 'copy_sprite', 'distances', 'find_quads',
-           'take_quads', 'take_car', 'draw_all', 'draw_car', 'draw_block', 'render_kernel', 'check', 'make_paint',
+           'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View', 'Paint', 'Scratch', 'SCRATCH_TYPES',
+           'set_axes', 'aim', 'look', 'from_car', 'quad_rows', 'deviation', 'cuts', 'lines_of', 'ribbon_rows',
+           'upright_rows', 'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at', 'four', 'put',
+           'dot', 'cross', 'minus', 'plus', 'corner', 'scaled', 'size', 'put_bound', 'add_bound', 'rows_between',
+           'upwards', 'set_up', 'whole', 'keep', 'cut_rows', 'find_spans', 'cut_blocks', 'texel', 'texel_on_cpu',
+           'texel_on_cuda', 'of', 'pixel', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips', 'make_textures',
+           'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row', 'begin_rows', 'fill_ground',
+           'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at', 'other_car',
+           'draw_tilts', 'make_sprites', 'tilt_of', 'copy_sprite', 'prefetch', 'fetch', 'prefetch_on_cpu',
+           'prefetch_on_cuda', 'distances', 'find_quads', 'take_quads', 'take_car', 'draw_all', 'draw_car',
+           'scratch_sizes', 'draw_block', 'render_kernel', 'make_view', 'sprites_of', 'road_of', 'check', 'make_paint',
            'draw', 'render', 'render_classes']
 
 # %% ../../nbs/world/20_camera.ipynb #a04eaadf
@@ -29,7 +31,8 @@ from functools import lru_cache
 from types import SimpleNamespace
 import numpy as np
 from numba import get_num_threads, njit, prange
-from numba.extending import overload
+from numba.core import cgutils, types
+from numba.extending import intrinsic, overload
 from ..core.runs import derive_seed
 from ..tracks.geometry import (BEAM, CAR, CHUNK, DIRT, EDGE, EDGE_WIDTH, GATE, GATE_HEIGHT, GRASS, GROUND, ISLAND_HEIGHT, POST, ROAD, SKY, TURBO, VERGE, WALL,
                                    edge_share, unit)
@@ -770,6 +773,26 @@ Paint = namedtuple("Paint", "spec textures air car_quads car_count as_classes")
 Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up strips spans blocks pixels position rotation")
 SCRATCH_TYPES = "f4 f4 f4 f4 i4 f4 f4 i4 f4 i4 i4"  # of a `Scratch`, but for the float64 pose at its end
 
+def prefetch(array, i):
+    "Ask the processor to fetch the memory of element `i` of the flat `array`, which is read or written soon. No effect but on speed."
+
+@intrinsic
+def fetch(context, array, i):
+    "The processor's instruction for `prefetch`."
+    def build(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        whole = cgutils.ir.IntType(32)
+        call = cgutils.get_or_insert_function(builder.module, cgutils.ir.FunctionType(cgutils.ir.VoidType(), [cgutils.voidptr_t, whole, whole, whole]), "llvm.prefetch.p0i8")
+        builder.call(call, [builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t), whole(0), whole(3), whole(1)])  # to read, into the nearest cache, data
+        return context.get_dummy_value()
+    return types.void(array, types.int64), build
+
+@overload(prefetch, target="cpu")
+def prefetch_on_cpu(array, i): return lambda array, i: fetch(array, i)
+
+@overload(prefetch, target="cuda")
+def prefetch_on_cuda(array, i): return lambda array, i: None
+
 @njit(**PIXEL)
 def distances(cam, ball, lo, hi, far):
     "Fill `far` for chunks `lo` … `hi - 1`: metres to the nearest point of its ball, -1 when it cannot be seen."
@@ -792,6 +815,7 @@ def find_quads(scene, t, view, w):
         level = int(x >= f32(2.0)) + int(x >= f32(4.0)) + int(x >= f32(8.0)) + int(x >= f32(16.0)) + int(x >= f32(32.0)) + int(x >= f32(64.0))
         for i in range(scene.quad_offset[u64(chunk * LEVELS + level)], scene.quad_offset[u64(chunk * LEVELS + level + 1)]):
             w.seen[n] = i
+            prefetch(scene.quads, i * FIELDS)
             n += u64(1)
     return int(n)
 
@@ -809,10 +833,9 @@ def take_car(car_quads, out):
         for j in range(u64(LANES)): out[k * u64(MOST) + j] = car_quads[k * u64(MOST) + j]
 
 @njit(**INLINE)
-def draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w):
+def draw_all(seen, scene, road, t, position, rotation, key, seconds, view, paint, sprites, w):
     """Draw what stands on track `t`, the other cars, and the car at this pose, batch by batch. One loop with one call of `fill`, because with several the compiler makes as many
     copies of it, too much for the processor's instruction cache."""
-    seen = find_quads(scene, t, view, w)
     batches = (seen + MOST - 1) // MOST
     sprite = tilt_of(w.cam, rotation, sprites)
     others = max(1, int((road.s[road.offset[t + 1] - 1] - road.s[road.offset[t]]) * OTHERS_PER_M)) if view.distractors > 2 else 0
@@ -841,8 +864,10 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, spri
     aim(position, rotation, view.back, view.above, view.pitch, w.cam)
     if view.distractors > 1: shake(w.cam, view.seed, key, seconds)
     look(w.cam, view.height, view.width)
+    for i in range(0, view.height * view.width, 64): prefetch(out, i)
+    seen = find_quads(scene, t, view, w)
     begin_rows(w.cam, view.height, view.width, paint.air, w.columns, w.pixels)
-    draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w)
+    draw_all(seen, scene, road, t, position, rotation, key, seconds, view, paint, sprites, w)
     fill_ground(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.pixels)
     if not paint.as_classes:
         if view.distractors > 0:
