@@ -1,9 +1,9 @@
-"""`tmlab bench world`, small: its keys, what it refuses, that the cars drive. Never how fast anything is."""
+"""`tmlab bench world` and `bench_data`, small: their keys, what they refuse, that they measure what they say. Never how fast anything is."""
 import json, math, os, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
-from tmlab.bench import CarRacing, Replaying, attempt, bench_world, record_drive
+from tmlab.bench import CarRacing, Decoding, Parsing, Replaying, attempt, bench_data, bench_world, flat, game_root, record_drive
 from tmlab.cli import run_command
 from tmlab.tracks.generate import generate_track
 
@@ -71,3 +71,43 @@ def test_wrong_options_are_one_error(args, words, capsys):
     out, err = capsys.readouterr()
     assert not out and len(err.strip().splitlines()) == 1, err
     for w in words: assert w in err
+
+
+DATA_KEYS = ["stacks_per_s", "stacks_per_s_float32", "stacks_ratio_float32", "cache_size_ratio", "decode_ratio_pil", "decode_ratio_pil_game", "decode_difference_levels", "gbx_files_per_s", "store_open_s"]
+DATA_SMALL = dict(seconds=0.02, repeats=2, threads=1, replays=4, opened=8, quiet=True)
+
+
+def test_data_is_measured_and_cleaned_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    figures, text = bench_data(**DATA_SMALL)
+    shown = "\n".join(text)
+    assert list(flat(figures)) == DATA_KEYS and not list(tmp_path.iterdir())
+    for words in ("median", "≥ 300,000", "≤ 0.0667", "≤ 2.00", "≥ 3.00", "decode and shrink", "float32 layout", "8 replay folders", "GB/s", "cores"): assert words in shown, words
+    for f in figures: assert (f.values > 0).all() if f.why is None else f.values is None and f.why in shown, f
+    sizes = {f.name: f for f in figures}
+    assert sizes["cache_size_ratio"].values[0] < 1 / 15 and sizes["decode_difference_levels"].values[0] < 2 and sizes["cache_size_ratio"].at_most
+
+
+def test_without_game_files_the_rest_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMLAB_REAL_DATA", str(tmp_path))
+    figures, text = bench_data(**DATA_SMALL)
+    absent = {k for k, v in flat(figures).items() if v is None}
+    assert absent == {"decode_ratio_pil_game", "gbx_files_per_s"} and sum("TMLAB_REAL_DATA" in line for line in text) == 2
+
+
+@pytest.mark.parametrize("name, value", [("seconds", 0), ("seconds", math.nan), ("repeats", 0), ("replays", 0), ("opened", 0), ("threads", 0)])
+def test_data_refuses_wrong_options(name, value):
+    with pytest.raises(ValueError, match=name): bench_data(**DATA_SMALL | {name: value})
+
+
+@pytest.mark.real
+def test_the_small_decode_is_true_to_game_frames(real, tmp_path):
+    real("frames/tmuf_stadium_run1")
+    decoding = Decoding(game_root(tmp_path / "img", 1), tmp_path / "work", 1)
+    assert len(decoding.paths) >= 40 and decoding.difference() < 0.5 and decoding.cached_per_s(0.01) > 0 and not decoding.work.exists()
+
+
+@pytest.mark.real
+def test_replay_files_of_a01_are_found(real):
+    real("replays/stadium")
+    assert len(Parsing().paths) >= 8

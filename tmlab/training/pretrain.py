@@ -4,19 +4,16 @@
 
 # %% auto #0
 __all__ = ['FITS', 'NOT_RESULT', 'LightningOptions', 'PretrainConfig', 'rl_image_size', 'error', 'resolve', 'open_data',
-           'Batches', 'ahead', 'build_model', 'step_loss', 'Meter', 'check_loss', 'monitored', 'stopped_early',
-           'best_epochs', 'Session', 'make_loggers', 'pick_device', 'pick_precision', 'torch_settings', 'fit_native',
-           'train_epoch', 'validate', 'lightning_classes', 'fit_lightning', 'quiet_lightning', 'pretrain', 'run_record',
-           'model_state', 'load_model', 'load_config']
+           'Batches', 'build_model', 'step_loss', 'Meter', 'check_loss', 'monitored', 'stopped_early', 'best_epochs',
+           'Session', 'make_loggers', 'pick_device', 'pick_precision', 'torch_settings', 'fit_native', 'train_epoch',
+           'validate', 'lightning_classes', 'fit_lightning', 'quiet_lightning', 'pretrain', 'run_record', 'model_state',
+           'load_model', 'load_config']
 
 # %% ../../nbs/training/30_pretrain.ipynb #aed64057
 import math, os, shutil, time, warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
-import numpy as np
 import torch
 import yaml
 from pydantic import Field
@@ -26,9 +23,9 @@ from ..core.config import Config, Group
 from ..core.runs import atomic_path, derive_seed, environment, open_run, progress, remove
 from ..models.encoder import encoder_dim, normalise_image
 from ..models.visual import visual_model
-from ..replays.cache import build_cache, open_cache
-from ..replays.frames import FrameWindows
-from ..replays.split import split_tracks
+from ..replays.cache import build_cache, content_hash, open_cache
+from ..replays.frames import FrameWindows, batches, shuffled
+from ..replays.split import split_replays
 from ..replays.store import ReplayStore
 from .artifacts import load_torch, read_artifact, save_torch, write_artifact, write_metrics
 
@@ -76,6 +73,7 @@ class PretrainConfig(Config):
     proj_dim: int = Field(128, ge=1, description="SimCLR's projection")
     temperature: float = Field(0.5, gt=0, description="SimCLR's temperature")
     val_fraction: float = Field(0.0, ge=0, lt=1, description="share of the tracks kept for validation")
+    max_hours: float | None = Field(None, gt=0, description="hours of training replays to use; less lies within more, and validation stays as it is")
     seed: int = Field(42, description="drives the split, the weights, the order and the augmentation")
     preprocess_cache_dir: str | None = Field(None, description="decode all frames once into this folder; checked and rebuilt by itself")
     cache_format: Literal["frames_uint8", "stacked_float32"] = Field("frames_uint8", description="layout of the cache")
@@ -118,13 +116,13 @@ def open_data(cfg):
     "(train, val or None, fingerprint): `FrameWindows` of uint8 from the cache, or from the JPEGs; ValueError when there is nothing to train on."
     if cfg.preprocess_cache_dir:
         build_cache(cfg.data_dir, cfg.preprocess_cache_dir, cfg.image_size, cfg.n_stack, cfg.val_fraction, cfg.seed, cfg.cache_format,
-                    cfg.cache_build_workers or None)
+                    cfg.cache_build_workers or None, max_hours=cfg.max_hours)
         cache = open_cache(cfg.preprocess_cache_dir, ram=cfg.cache_load_in_ram)
         return FrameWindows(cache.train), FrameWindows(cache.val) if cache.val else None, cache.meta["content_hash"]
     store = ReplayStore(cfg.data_dir).require_sound()
-    splits = split_tracks(store.replays.track_id, cfg.val_fraction, cfg.seed)
-    train, val = (FrameWindows(store, cfg.n_stack, cfg.image_size, ids) if ids else None for ids in splits)
-    return train, val, store.fingerprint(labels=False)
+    splits = split_replays(store, cfg.val_fraction, cfg.seed, cfg.max_hours)
+    train, val = (FrameWindows(splits[s], cfg.n_stack, cfg.image_size) if s in splits else None for s in ("train", "val"))
+    return train, val, content_hash(r for replays in splits.values() for r in replays)
 
 # %% ../../nbs/training/30_pretrain.ipynb #83623372
 class Batches:
@@ -134,29 +132,10 @@ class Batches:
 
     def __len__(self): return math.ceil(len(self.data) / self.cfg.batch_size)
 
-    def order(self):
-        "Indices of the windows in this epoch's order."
-        if not self.shuffle: return np.arange(len(self.data))
-        return np.random.default_rng(derive_seed(self.cfg.seed, "order", self.epoch())).permutation(len(self.data))
-
-    def load(self, indices):
-        batch = torch.from_numpy(self.data.batch(indices))
-        return batch.pin_memory() if self.pin else batch
-
     def __iter__(self):
-        chunks = np.split(self.order(), range(self.cfg.batch_size, len(self.data), self.cfg.batch_size))
-        if not self.cfg.workers: return map(self.load, chunks)
-        return ahead(self.load, chunks, self.cfg.workers, self.cfg.workers * self.cfg.prefetch_factor)
-
-def ahead(f, items, workers, depth):
-    "`map(f, items)` computed by `workers` threads, at most `depth` results ahead, in order."
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(f, item))
-            if len(waiting) >= depth: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
-    finally: pool.shutdown(wait=True, cancel_futures=True)
+        seed, epoch = (self.cfg.seed, self.epoch()) if self.shuffle else (None, 0)
+        chunks = shuffled(len(self.data), self.cfg.batch_size, seed, epoch)
+        return batches(self.data, chunks, self.cfg.workers, self.cfg.workers * self.cfg.prefetch_factor, self.pin)
 
 # %% ../../nbs/training/30_pretrain.ipynb #db45951e
 def build_model(cfg):
