@@ -506,7 +506,8 @@ def track_from_map(placed, points, id=None, reach_m=32.0):
     half = even(np.clip(half + SIDE_STEP_M / 2, 3.0, None))
     bank = np.where(here & (to_left + to_right > 2), np.arctan2(high - low, np.maximum(to_left + to_right, 1)), 0)
     c += left * middle[:, None] + np.array([0, 1.0, 0]) * (np.tan(even(bank)) * middle)[:, None]
-    road = build_road(c, half, 0.0, bank=even(bank), gap=~here, surface=np.where(here, at.material, ASPHALT))
+    within = np.logical_or.accumulate(here) & np.logical_or.accumulate(here[::-1])[::-1]  # before the first block and after the last one the road goes on
+    road = build_road(c, half, 0.0, bank=even(bank), gap=within & ~here, surface=np.where(here, at.material, ASPHALT))
     along = lambda p: float(locate(road.centre, road.tangent, road.left, road.up, road.s, road.half_width, road.verge, 0, len(road), *p, -1)[1])
     start, finish = along(base.line.points[0]), along((base.line.points[-1] + base.line.points[-2]) / 2)
     gates = sorted(along(p) for p in placed.gates.loc[placed.gates["kind"] == "checkpoint", ["x", "y", "z"]].to_numpy())
