@@ -121,12 +121,13 @@ def prepare(argv):
     p.add_argument("--n-stack", type=int, default=1)
     p.add_argument("--val-fraction", type=float, default=0.0, help="share of the tracks kept for validation")
     p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--max-hours", type=float, help="hours of training replays to use; less lies within more")
     p.add_argument("--workers", type=int, default=0)
     p.add_argument("--cache-format", default="frames_uint8", choices=["frames_uint8", "stacked_float32"])
     p.add_argument("--force", action="store_true", help="rebuild a valid cache")
     a = p.parse_args(argv)
     from tmlab.replays.cache import build_cache
-    info = build_cache(a.data_dir, a.output_dir, a.image_size, a.n_stack, a.val_fraction, a.seed, cache_format=a.cache_format, workers=a.workers, force=a.force)
+    info = build_cache(a.data_dir, a.output_dir, a.image_size, a.n_stack, a.val_fraction, a.seed, cache_format=a.cache_format, workers=a.workers, force=a.force, max_hours=a.max_hours)
     print(info)
 
 @command
@@ -265,22 +266,26 @@ def demo(argv):
 
 @command
 def bench(argv):
-    "Measure speed beside the targets: `tmlab bench world` for the simulator, its frames and the writing of replays."
+    "Measure speed beside the targets: `tmlab bench world` the simulator, its frames and the writing of replays, `tmlab bench data` the way from files to batches."
     p = parser("bench")
-    p.add_argument("suite", choices=["world"])
-    p.add_argument("--json", action="store_true", help="print one flat JSON object of medians and nothing else")
-    p.add_argument("--seconds", type=float, default=1.0, help="length of each measurement")
-    p.add_argument("--repeats", type=int, default=5, help="rounds; every measurement is made once in each")
-    p.add_argument("--threads", type=int, help="default: 2, or 1 where there is one core")
-    p.add_argument("--cars", type=int, default=1024)
-    p.add_argument("--tracks", type=int, default=64, help="number of different hilly tracks")
-    a = p.parse_args(argv)
+    suites = p.add_subparsers(dest="suite", required=True)
+    def suite(name, about, **counts):
+        s = suites.add_parser(name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        s.add_argument("--json", action="store_true", help="print one flat JSON object of medians and nothing else")
+        s.add_argument("--seconds", type=float, default=1.0, help="length of each measurement")
+        s.add_argument("--repeats", type=int, default=5, help="rounds; every measurement is made once in each")
+        s.add_argument("--threads", type=int, help="default: 2, or 1 where there is one core")
+        for option, (n, what) in counts.items(): s.add_argument(f"--{option}", type=int, default=n, help=what)
+    suite("world", "the simulator, its frames and the writing of replays", cars=(1024, "cars at once"), tracks=(64, "number of different hilly tracks"))
+    suite("data", "the way from files to batches", replays=(80, "drives of 20 s in the caches"), opened=(1000, "replays in the store that is opened"))
+    a = vars(p.parse_args(argv))
     import json
-    from tmlab.bench import bench_world, flat
-    figures, text = bench_world(a.seconds, a.repeats, a.threads, a.cars, a.tracks)
+    from tmlab.bench import bench_data, bench_world, flat
+    as_json = a.pop("json")
+    figures, text = dict(world=bench_world, data=bench_data)[a.pop("suite")](**a)
     for f in figures:
         if f.values is None: print(f"{f.name}: {f.why}", file=sys.stderr)
-    print(json.dumps(flat(figures)) if a.json else "\n".join(text))
+    print(json.dumps(flat(figures)) if as_json else "\n".join(text))
 
 @command
 def lab(argv):
