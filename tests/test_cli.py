@@ -31,6 +31,7 @@ def one_error(done, *words):
     (["check", "nowhere"], ["nowhere"]),
     (["convert", "nowhere.Replay.Gbx", "out.txt"], ["nowhere.Replay.Gbx"]),
     (["convert", "nowhere.txt", "out.txt"], ["nowhere.txt"]),
+    (["map", "nowhere.Challenge.Gbx"], ["nowhere.Challenge.Gbx"]),
     (["export", "nowhere", "out"], ["nowhere"]),
     (["export", "nowhere", "out", "--format", "csv"], ["csv", "lerobot"]),
     (["lab", "--data", "nowhere"], ["nowhere"]),

@@ -322,19 +322,25 @@ def test_frames_are_the_same_for_any_batch_thread_count_and_restart():
     for cars in (1, 7): assert future_hashes(60, cars, 1, (64, 64))[str(cars)] == whole[str(cars)]
 
 
-def card_run(folders, device, mode, decisions=10):
-    "Everything that two cars see, earn and become in `decisions`, with ends and new episodes among them, as lists of arrays."
+def card_run(folders, device, mode, decisions=10, **pictures):
+    "Everything that two cars see, earn and become in `decisions`, with ends and new episodes among them, as lists of arrays. `pictures`: image_size, view, distractors."
     read = lambda a: np.asarray(a.copy_to_host() if hasattr(a, "copy_to_host") else a).copy()
-    env = RaceVectorEnv([Track.load(f) for f in folders], 2, image_size=None, device=device, random_start=True, extras=("progress",), max_race_s=0.3, action_mode=mode, shaping=-0.1)
+    seen_in = lambda obs: [read(obs[k]) for k in sorted(obs)]
+    env = RaceVectorEnv([Track.load(f) for f in folders], 2, device=device, random_start=True, extras=("progress",), max_race_s=0.3, action_mode=mode, shaping=-0.1, **dict(image_size=None) | pictures)
     (obs, info), rng = env.reset(seed=3), np.random.default_rng(0)
-    seen = [read(obs["floats"]), read(info["episode"])]
+    seen = [*seen_in(obs), read(info["episode"])]
     for k in range(decisions):
         obs, reward, terminated, truncated, info = env.step(rng.integers(0, 12, 2) if mode == "keys" else rng.uniform([-1, 0, 0], 1, (2, 3)))
-        seen += [read(x) for x in (obs["floats"], obs["extras"], reward, terminated, truncated, *(info[n] for n in sorted(info) if "final" not in n))]
+        seen += [*seen_in(obs), *(read(x) for x in (reward, terminated, truncated, *(info[n] for n in sorted(info) if "final" not in n)))]
+        if "final_obs" in info:
+            final, ended = info["final_obs"], np.flatnonzero(read(info["_final_obs"]))
+            seen += [a for i in ended for a in (seen_in(final[i]) if device == "cpu" else [x[i] for x in seen_in(final)])]
         if k == decisions // 2: saved = env.snapshot()
     seen.append(env.snapshot()["rows"])
-    seen.append(read(env.restore(saved)["floats"]))
-    return seen
+    return seen + seen_in(env.restore(saved))
+
+
+PICTURES = [dict(image_size=(24, 32)), dict(image_size=(18, 33), view="hood", distractors=1), dict(image_size=(24, 32), distractors=3)]
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +355,20 @@ def test_cuda_kernels_in_the_simulator(folders, mode):
     "numba's simulator runs the card's kernels as plain Python: the same as the plain Python of the processor's kernels, to the last bit, and as the compiled ones."
     same, rows = in_another_process("card", mode, *folders, NUMBA_DISABLE_JIT="1", NUMBA_ENABLE_CUDASIM="1")
     assert same
-    assert np.allclose(rows, card_run(folders, "cpu", mode)[-2], rtol=1e-9, atol=1e-9)
+    assert np.allclose(rows, card_run(folders, "cpu", mode)[-3], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pictures", PICTURES)
+def test_cuda_pictures_in_the_simulator(folders, pictures):
+    "As above with pictures, also of the ends of episodes; and nearly the compiled ones, which round once where plain Python rounds twice."
+    same, image = in_another_process("pictures", json.dumps(pictures), *folders, NUMBA_DISABLE_JIT="1", NUMBA_ENABLE_CUDASIM="1")
+    assert same
+    off = np.abs(np.array(image) - card_run(folders, "cpu", "keys", 7, **pictures)[-1].astype(int))
+    assert np.array(image).std() > 20 and (off > 3).mean() < .01, off.mean()
+
+
+def test_too_many_pictures_for_a_card_are_refused(folders):
+    assert "GB on the card" in in_another_process("refused", *folders, NUMBA_DISABLE_JIT="1", NUMBA_ENABLE_CUDASIM="1")
 
 
 def has_card():
@@ -366,14 +385,42 @@ def test_cars_on_a_card(folders, mode):
     assert all(np.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(first, processor))
 
 
+@pytest.mark.skipif(not has_card(), reason="no GPU: no CUDA device, or no driver for it, on this machine")
+@pytest.mark.parametrize("pictures", [*PICTURES, dict(image_size=(64, 64)), dict(image_size=(120, 160), view="hood")])
+def test_pictures_on_a_card(folders, pictures):
+    first, again, processor = (card_run(folders, device, "keys", **pictures) for device in ("cuda", "cuda", "cpu"))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again)) and len(first) == len(processor)
+    images = [(a, b) for a, b in zip(first, processor) if a.dtype == np.uint8]
+    assert len(images) > 11 and np.mean([(np.abs(a.astype(int) - b) > 3).mean() for a, b in images]) < .01
+
+
 @pytest.mark.skipif(has_card(), reason="this machine has a CUDA device")
 def test_no_card(tracks):
     with pytest.raises(ValueError, match="device='cpu'"): RaceVectorEnv(tracks, 2, image_size=None, device="cuda")
 
 
+def on_both(folders, mode, **rest):
+    "[whether processor and card agree in everything, what the card has]."
+    plain, card = (card_run(folders, device, mode, **rest) for device in ("cpu", "cuda"))
+    return len(plain) == len(card) and all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(plain, card)), card
+
+
+def refusal(folders):
+    "What is said when the card has 1 MB of memory left."
+    from numba import cuda
+    context = type(cuda.current_context())
+    context.get_memory_info = lambda self: (1e6, 1e9)
+    try: RaceVectorEnv([Track.load(f) for f in folders], 64, device="cuda")
+    except ValueError as e: return str(e)
+
+
 if __name__ == "__main__":
     task, *rest = sys.argv[1:]
     if task == "future": print(json.dumps(future_hashes(*map(int, rest[:3]), *([(int(rest[3]),) * 2] if rest[3:] else []))))
+    elif task == "refused": print(json.dumps(refusal(rest)))
+    elif task == "pictures":
+        same, card = on_both(rest[1:], "keys", decisions=7, **json.loads(rest[0]))
+        print(json.dumps([same, card[-1].tolist()]))
     else:
-        plain, card = (card_run(rest[1:], device, rest[0]) for device in ("cpu", "cuda"))
-        print(json.dumps([len(plain) == len(card) and all(np.array_equal(a, b) for a, b in zip(plain, card)), card[-2].tolist()]))
+        same, card = on_both(rest[1:], rest[0])
+        print(json.dumps([same, card[-3].tolist()]))

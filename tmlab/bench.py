@@ -61,7 +61,10 @@ def record_drive(tracks, cars, threads=None):
 class Replaying:
     "An env whose cars repeat a `Drive`; further arguments are the env's."
     def __init__(self, drive, **kw):
-        self.drive, self.env = drive, RaceVectorEnv(drive.tracks, drive.cars, **kw)
+        self.drive, self.env, self.wait = drive, RaceVectorEnv(drive.tracks, drive.cars, **kw), lambda: None
+        if self.env.device == "cuda":
+            from numba import cuda
+            self.wait = cuda.synchronize  # the card works on while Python goes on
         start_cars(self.env)
         for a in drive.actions[:RUN_IN]: self.env.step(a)
         self.begun, self.k = self.env.snapshot(), RUN_IN
@@ -75,6 +78,7 @@ class Replaying:
             if self.k == len(self.drive.actions): self.env.restore(self.begun); self.k = RUN_IN
             start = time.perf_counter()
             self.env.step(self.drive.actions[self.k])
+            self.wait()
             spent += time.perf_counter() - start
             self.k, n = self.k + 1, n + 1
         return n * self.drive.cars / spent

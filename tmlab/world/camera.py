@@ -7,19 +7,22 @@ __all__ = ['TAN_X', 'TAN_Y', 'CHASE', 'HOOD', 'NEAR_M', 'RANGE_M', 'INLINE', 'PL
            'AHEAD', 'COLUMN', 'ROW', 'RAY', 'RAY_X', 'RAY_Y', 'N_CAM', 'LEVELS', 'TOLERANCE_M', 'PAINTS',
            'ASPHALT_PAINT', 'DIRT_PAINT', 'TURBO_PAINT', 'GRASS_PAINT', 'UNDERSIDE', 'WALL_PAINT', 'ISLAND_PAINT',
            'GATE_PAINT', 'FINISH_PAINT', 'CAR_PAINT', 'SHADOW_PAINT', 'MID_U', 'HALF', 'GROWTH', 'PAINT', 'FIELDS',
-           'WIDE', 'Scene', 'SCENES', 'MOST', 'LANES', 'BOUNDS', 'INV', 'U', 'V', 'TOP', 'BOTTOM', 'NEAREST', 'PAINTED',
-           'HALF_AT', 'GROWS', 'N_SET', 'PIXEL', 'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE',
-           'COLUMNS', 'ROWS', 'MIPS', 'CELL_M', 'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES',
-           'CAR_SHAPE', 'FAR', 'MOST_COLUMNS', 'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'TILTS', 'TILT_STEP',
-           'Sprites', 'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View', 'Paint', 'Scratch', 'set_axes',
-           'aim', 'look', 'from_car', 'quad_rows', 'deviation', 'cuts', 'lines_of', 'ribbon_rows', 'upright_rows',
-           'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at', 'put', 'dot', 'cross', 'minus',
-           'plus', 'corner', 'scaled', 'size', 'add_bound', 'rows_between', 'upwards', 'set_up', 'keep', 'find_spans',
-           'cut_blocks', 'texel', 'of', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips', 'make_textures',
-           'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row', 'fill_background', 'chance',
-           'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at', 'other_car', 'draw_tilts',
-           'make_sprites', 'tilt_of', 'copy_sprite', 'distances', 'find_quads', 'take_quads', 'take_car', 'draw_all',
-           'draw_car', 'render_kernel', 'check', 'make_paint', 'draw', 'render', 'render_classes']
+           'WIDE', 'Scene', 'SCENES', 'MOST', 'LANES', 'BOUNDS', 'INV', 'U', 'V', 'TOP', 'BOTTOM', 'PAINTED', 'HALF_AT',
+           'GROWS', 'N_SET', 'PIXEL', 'MOST_SPANS', 'MOST_PIXELS', 'N_SPAN', 'SPAN_LANES', 'STRIDE', 'COLUMNS', 'ROWS',
+           'MIPS', 'CELL_M', 'ROAD_COLUMNS', 'ROAD_CELL_M', 'VERGE_CELL_M', 'N_SPEC', 'TEXTURES', 'CAR_SHAPE', 'BEHIND',
+           'MOST_COLUMNS', 'HORIZON', 'HILLS', 'AIR', 'AIR_CLASSES', 'GLYPHS', 'TILTS', 'TILT_STEP', 'Sprites',
+           'PIXELS', 'OTHERS_PER_M', 'ROAD_ARRAYS', 'RoadArrays', 'View', 'Paint', 'Scratch', 'SCRATCH_TYPES',
+           'set_axes', 'aim', 'look', 'from_car', 'quad_rows', 'deviation', 'cuts', 'lines_of', 'ribbon_rows',
+           'upright_rows', 'end_rows', 'gate_rows', 'track_quads', 'build_scene', 'scene_of', 'at', 'four', 'put',
+           'dot', 'cross', 'minus', 'plus', 'corner', 'scaled', 'size', 'put_bound', 'add_bound', 'rows_between',
+           'upwards', 'set_up', 'whole', 'keep', 'cut_rows', 'find_spans', 'cut_blocks', 'texel', 'texel_on_cpu',
+           'texel_on_cuda', 'of', 'pixel', 'shade', 'shade_flat', 'fill', 'paint_tones', 'mips', 'make_textures',
+           'make_spec', 'car_batch', 'bearings', 'sky_row', 'high_sky_row', 'ground_row', 'begin_rows', 'fill_ground',
+           'chance', 'sway', 'turn', 'shake', 'wave', 'cloud_row', 'box', 'clock', 'section_at', 'other_car',
+           'draw_tilts', 'make_sprites', 'tilt_of', 'copy_sprite', 'prefetch', 'fetch', 'prefetch_on_cpu',
+           'prefetch_on_cuda', 'distances', 'find_quads', 'take_quads', 'take_car', 'draw_all', 'draw_car',
+           'scratch_sizes', 'draw_block', 'render_kernel', 'make_view', 'sprites_of', 'road_of', 'check', 'make_paint',
+           'draw', 'render', 'render_classes']
 
 # %% ../../nbs/world/20_camera.ipynb #a04eaadf
 import math, weakref
@@ -28,6 +31,8 @@ from functools import lru_cache
 from types import SimpleNamespace
 import numpy as np
 from numba import get_num_threads, njit, prange
+from numba.core import cgutils, types
+from numba.extending import intrinsic, overload
 from ..core.runs import derive_seed
 from ..tracks.geometry import (BEAM, CAR, CHUNK, DIRT, EDGE, EDGE_WIDTH, GATE, GATE_HEIGHT, GRASS, GROUND, ISLAND_HEIGHT, POST, ROAD, SKY, TURBO, VERGE, WALL,
                                    edge_share, unit)
@@ -203,13 +208,19 @@ def scene_of(tracks):
 
 # %% ../../nbs/world/20_camera.ipynb #bee31651
 MOST, LANES = 64, 16  # quads in a batch; quads, and pixels, that are worked on at once
-BOUNDS, INV, U, V, TOP, BOTTOM, NEAREST, PAINTED, HALF_AT, GROWS = 0, 16, 19, 22, 25, 26, 27, 28, 29, 30  # fields of a quad that was set up
-N_SET = 31
+BOUNDS, INV, U, V, TOP, BOTTOM, PAINTED, HALF_AT, GROWS = 0, 20, 23, 26, 29, 30, 31, 32, 33  # fields of a quad that was set up
+N_SET = 36  # the last two are not used
 
 @njit(**INLINE)
 def at(e, k, field):
     "Field number `field` of quad `k` in a batch."
     return e[u64(k) + u64(field * MOST)]
+
+@njit(**INLINE)
+def four(e, k, field):
+    "Four fields from `field` on."
+    i = u64(k) + u64(field * MOST)
+    return e[i], e[i + u64(MOST)], e[i + u64(2 * MOST)], e[i + u64(3 * MOST)]
 
 @njit(**INLINE)
 def put(e, k, field, x, y, z):
@@ -240,14 +251,18 @@ def scaled(a, s): return a[0] * s, a[1] * s, a[2] * s
 def size(a): return f32(math.sqrt(dot(a, a) + f32(1e-12)))
 
 @njit(**INLINE)
+def put_bound(e, k, field, a, b, is_left):
+    "Set the bound a + b row on one side, and none on the other."
+    e[k + u64(field * MOST)], e[k + u64((field + 1) * MOST)] = (a if is_left else f32(-1e9)), (b if is_left else f32(0.0))
+    e[k + u64((field + 2) * MOST)], e[k + u64((field + 3) * MOST)] = (f32(1e9) if is_left else a), (f32(0.0) if is_left else b)
+
+@njit(**INLINE)
 def add_bound(e, k, field, p, q, sign):
     "Set the bounds from the edge p → q: (a, b) of the left bound a + b row, then of the right one."
     x, y, z = cross(p, q)
     x, y, z = x * sign, y * sign, z * sign
     slope = f32(-1.0) / (x if x != f32(0.0) else f32(1e-30))
-    a, b, is_left = z * slope, y * slope, x >= f32(0.0)
-    e[k + u64(field * MOST)], e[k + u64((field + 1) * MOST)] = (a if is_left else f32(-1e9)), (b if is_left else f32(0.0))
-    e[k + u64((field + 2) * MOST)], e[k + u64((field + 3) * MOST)] = (f32(1e9) if is_left else a), (f32(0.0) if is_left else b)
+    put_bound(e, k, field, z * slope, y * slope, x >= f32(0.0))
 
 @njit(**INLINE)
 def rows_between(p, q):
@@ -269,7 +284,7 @@ def set_up(q, n, cam, height, width, e):
     "Fill `e` with bounds, 1/depth, u/depth and v/depth (at pixel 0, 0, per column and per row) of the first `n` quads in `q`."
     eye, column, row, ahead = (cam[0], cam[1], cam[2]), (cam[12], cam[13], cam[14]), (cam[15], cam[16], cam[17]), (cam[9], cam[10], cam[11])
     ray, ray_x, ray_y = (cam[18], cam[19], cam[20]), (cam[21], cam[22], cam[23]), (cam[24], cam[25], cam[26])
-    near, rows, last, columns, zero, quarter = f32(NEAR_M), f32(height), f32(height - 1), f32(width), f32(0.0), f32(0.25)
+    near, last, columns, zero, quarter = f32(NEAR_M), f32(height - 1), f32(width), f32(0.0), f32(0.25)
     for first in range(u64(0), u64(n), u64(LANES)):
         for lane in range(u64(LANES)):
             k = first + lane
@@ -304,44 +319,61 @@ def set_up(q, n, cam, height, width, e):
             nearest = min(min(p0[2], p1[2]), min(p2[2], p3[2]))
             x0, x1, x2, x3 = p0[0] / p0[2], p1[0] / p1[2], p2[0] / p2[2], p3[0] / p3[2]
             beside = (nearest >= near) & ((max(max(x0, x1), max(x2, x3)) < zero) | (min(min(x0, x1), min(x2, x3)) > columns))
-            put(e, k, TOP, rows if beside else upwards(max(min(min(t0, t1), min(t2, t3)), zero)), min(max(max(b0, b1), max(b2, b3)), last), nearest)
+            top, bottom = upwards(max(min(min(t0, t1), min(t2, t3)), zero)), min(max(max(b0, b1), max(b2, b3)), last)
+            e[k + u64(TOP * MOST)], e[k + u64(BOTTOM * MOST)] = top, (f32(-1.0) if beside else bottom)
+            room, slope = (f32(1.0 / NEAR_M) if nearest < near else f32(1e9)) - i0, one / (i1 if i1 != zero else f32(1e-9))
+            put_bound(e, k, 16, room * slope, -i2 * slope, i1 < zero)  # beyond this column the quad is nearer than the near plane
             grows = at(q, k, GROWTH)
             put(e, k, PAINTED, f32(UNDERSIDE) if (away > zero) & (paint < f32(UNDERSIDE)) else paint, at(q, k, HALF) - grows * at(q, k, MID_U), grows)
 
 # %% ../../nbs/world/20_camera.ipynb #a9cf7087
 PIXEL = dict(cache=True, nogil=True, error_model="numpy", _nrt=False, fastmath={"contract"})  # multiply and add at once; the same for every car
 MOST_SPANS, MOST_PIXELS, N_SPAN, SPAN_LANES = 512, 1024, 15, 8  # MOST_PIXELS: greatest height and width of a picture
-STRIDE = MOST_SPANS + MOST_PIXELS + LANES  # of the fields of spans
+STRIDE = MOST_SPANS + LANES  # of the fields of spans
 COLUMNS, ROWS, MIPS, CELL_M = 64, 64, 5, 0.5  # of a texture; rows are CELL_M apart
 ROAD_COLUMNS, ROAD_CELL_M, VERGE_CELL_M = 24, 0.625, 1.6  # columns of road on each side; then one for the edge, the rest is verge
 N_SPEC = 8
+
+@njit(**INLINE)
+def whole(x):
+    "A whole number as an int32, in the bits of a float32."
+    return i32(x).view(np.float32)
 
 @njit(**INLINE)
 def keep(spans, n, field, x):
     "Set field number `field` of span `n`."
     spans[n + u64(field * STRIDE)] = x
 
+@njit(**PLAIN)
+def cut_rows(e, n, strips):
+    "Cut the rows of `n` quads into strips of SPAN_LANES rows; their number. A strip is 256 times the number of its quad, plus its place in the quad."
+    m = u64(0)
+    for k in range(u64(n)):
+        first, rows = i32(i32(k) * i32(256)), i32(at(e, k, BOTTOM)) - i32(at(e, k, TOP)) + SPAN_LANES
+        count = u64(max(rows, 0)) // u64(SPAN_LANES)
+        strips[m], strips[m + u64(1)] = first, first + 1  # two at once, needed or not: nothing to guess
+        for j in range(u64(2), count): strips[m + j] = first + i32(j)
+        m += count
+    return m
+
 @njit(**PIXEL)
-def find_spans(e, k, inner, spec, width, spans, n):
-    "Add quad `k`'s spans to `spans`, which holds `n`; the new number. Some may be empty. `spec`: see `make_spec`."
-    a0, b0, c0, d0, a1, b1, c1, d1 = at(e, k, 0), at(e, k, 1), at(e, k, 2), at(e, k, 3), at(e, k, 4), at(e, k, 5), at(e, k, 6), at(e, k, 7)
-    a2, b2, c2, d2, a3, b3, c3, d3 = at(e, k, 8), at(e, k, 9), at(e, k, 10), at(e, k, 11), at(e, k, 12), at(e, k, 13), at(e, k, 14), at(e, k, 15)
-    i0, ix, iy, u0, ux, uy, v0, vx, vy = at(e, k, 16), at(e, k, 17), at(e, k, 18), at(e, k, 19), at(e, k, 20), at(e, k, 21), at(e, k, 22), at(e, k, 23), at(e, k, 24)
-    o, zero, one, columns = u64(int(at(e, k, PAINTED)) * N_SPEC), f32(0.0), f32(1.0), f32(width)
-    per_u, per_v, haze, haze_tone, table, size, rows = spec[o], spec[o + u64(1)], spec[o + u64(2)], spec[o + u64(3)], spec[o + u64(4)], spec[o + u64(5)], spec[o + u64(6)]
-    v0, vx, vy, half, grows = v0 * per_v, vx * per_v, vy * per_v, at(e, k, HALF_AT) * per_v, at(e, k, GROWS) * per_v
-    closest = f32(1.0 / NEAR_M) if at(e, k, NEAREST) < f32(NEAR_M) else f32(1e9)
-    per_x, falls = one / (ix if ix != zero else f32(1e-9)), ix < zero
-    first, end = int(at(e, k, TOP)), int(at(e, k, BOTTOM)) + 1
-    for r in range(first, end, SPAN_LANES):
+def find_spans(e, strips, begin, end, inner, spec, width, spans):
+    "Put the spans of strips `begin` … `end - 1` into `spans`, until it holds MOST_SPANS; (the first strip left, the number of spans). Some may be empty. `spec`: see `make_spec`."
+    n, b, zero, one, columns, grass_columns = u64(0), u64(begin), f32(0.0), f32(1.0), f32(width), f32(ROAD_CELL_M / VERGE_CELL_M)
+    while b < u64(end) and n < u64(MOST_SPANS):
+        k, skip = strips[b] >> 8, SPAN_LANES * (strips[b] & 255)
+        (a0, b0, c0, d0), (a1, b1, c1, d1), (a2, b2, c2, d2), (a3, b3, c3, d3), (a4, b4, c4, d4) = four(e, k, 0), four(e, k, 4), four(e, k, 8), four(e, k, 12), four(e, k, 16)
+        (i0, ix, iy, u0), (ux, uy, v0, vx), (vy, top, bottom, painted), (half, grows, _, _) = four(e, k, INV), four(e, k, INV + 4), four(e, k, INV + 8), four(e, k, INV + 12)
+        o = u64(i32(painted) * N_SPEC)
+        per_u, per_v, haze, haze_tone, table, size, rows = spec[o], spec[o + u64(1)], spec[o + u64(2)], spec[o + u64(3)], spec[o + u64(4)], spec[o + u64(5)], spec[o + u64(6)]
+        v0, vx, vy, half, grows = v0 * per_v, vx * per_v, vy * per_v, half * per_v, grows * per_v
+        row = top + f32(skip)
         for j in range(u64(SPAN_LANES)):
-            f, m = f32(r) + f32(j), u64(n) + j
-            left = max(max(a0 + b0 * f, a1 + b1 * f), max(max(a2 + b2 * f, a3 + b3 * f), zero))
-            right = min(min(c0 + d0 * f, c1 + d1 * f), min(min(c2 + d2 * f, c3 + d3 * f), columns))
-            inv, u, v = i0 + iy * f, u0 + uy * f, v0 + vy * f
-            nearer = (closest - inv) * per_x  # beyond this column the quad is nearer than the near plane
-            left, right = (max(left, nearer) if falls else left), max(right if falls else min(right, nearer), zero)
+            f, m = row + f32(j), n + j
+            left = max(max(max(a0 + b0 * f, a1 + b1 * f), max(a2 + b2 * f, a3 + b3 * f)), max(a4 + b4 * f, zero))
+            right = max(min(min(min(c0 + d0 * f, c1 + d1 * f), min(c2 + d2 * f, c3 + d3 * f)), min(c4 + d4 * f, columns)), zero)
             left = min(left, right)
+            inv, u, v = i0 + iy * f, u0 + uy * f, v0 + vy * f
             middle = f32(0.5) * (left + right)
             there, along = inv + ix * middle, u + ux * middle
             cells, square = abs(uy * there - along * iy) * per_u, there * there  # cells per row of pixels, times the square of 1/depth
@@ -350,14 +382,15 @@ def find_spans(e, k, inner, spec, width, spans, n):
             part = f32(0.125) if cells >= f32(6.0) * square else part
             part = f32(0.0625) if cells >= f32(12.0) * square else part
             depth = one / there
-            outer, fog, scale = half + grows * along * depth, min(depth * haze, f32(0.45)), per_u * part
+            outer, fog, scale = half + grows * along * depth, min(depth * haze, f32(0.45)), per_u * part * f32(COLUMNS)
             keep(spans, m, 0, inv), keep(spans, m, 1, ix), keep(spans, m, 2, u * scale), keep(spans, m, 3, ux * scale), keep(spans, m, 4, v), keep(spans, m, 5, vx)
-            keep(spans, m, 6, outer * inner), keep(spans, m, 7, outer), keep(spans, m, 8, one - fog), keep(spans, m, 9, fog * haze_tone)
-            keep(spans, m, 10, table + size * (one - part)), keep(spans, m, 11, rows * part - one)
+            keep(spans, m, 6, outer * inner), keep(spans, m, 7, f32(ROAD_COLUMNS + 1) - outer * grass_columns), keep(spans, m, 8, one - fog), keep(spans, m, 9, fog * haze_tone)
+            keep(spans, m, 10, table + size * (one - part) + f32(COLUMNS // 2)), keep(spans, m, 11, whole(max(rows * part - one, zero) * f32(COLUMNS)))
             first_column, end_column = upwards(left), upwards(right)
             keep(spans, m, 12, f * columns + first_column), keep(spans, m, 13, first_column), keep(spans, m, 14, end_column - first_column)
-        n += min(SPAN_LANES, end - r)
-    return n
+        n += u64(min(i32(SPAN_LANES), i32(bottom) - i32(row) + i32(1)))
+        b += u64(1)
+    return b, n
 
 @njit(**PLAIN)
 def cut_blocks(spans, n, blocks):
@@ -371,66 +404,71 @@ def cut_blocks(spans, n, blocks):
         m += count
     return m
 
-@njit(**INLINE)
-def texel(i):
-    "Tone number `i` of all textures. The only place that reads them: a constant array of this size suits processors, a card may need it elsewhere."
-    return TEXTURES[u64(i)]
+def texel(textures, i):
+    "Tone number `i` of all `textures`."
+    return textures[u64(i)]
+
+@overload(texel, target="cpu")
+def texel_on_cpu(textures, i): return lambda textures, i: TEXTURES[u64(i)]  # a constant: the compiler knows that drawing does not change it
+
+@overload(texel, target="cuda")
+def texel_on_cuda(textures, i): return lambda textures, i: textures[u64(i)]  # too large for a card's constants
 
 @njit(**INLINE)
 def of(spans, k, field):
     "Field number `field` of span `k`."
     return spans[k + u64(field * STRIDE)]
 
+@njit(**INLINE)
+def pixel(inv, tone):
+    "The upper 24 bits of 1/depth, which order as whole numbers like the depths themselves, above 8 bits of tone: the nearer of two pixels is the greater."
+    return i32(i32(f32(inv).view(np.int32) & i32(-256)) | i32(i32(tone) & i32(255)))
+
 @njit(**PIXEL)
-def shade(spans, blocks, n, depth, tone):
-    """Draw `n` blocks where they are nearer than what is there: `depth` holds 1/m, `tone` gray. Beyond the span's end a block's lanes write back what they read, also into the next row
+def shade(spans, blocks, n, textures, pixels):
+    """Draw `n` blocks where they are nearer than what is there (see `pixel`). Beyond the span's end a block's lanes write back what they read, also into the next row
     or behind the picture, which therefore has LANES pixels to spare."""
     grass_columns = f32(ROAD_CELL_M / VERGE_CELL_M)
     for b in range(n):
         k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
         p, start, room = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip
         inv0, ix, u0, ux, v0, vx = of(spans, k, 0), of(spans, k, 1), of(spans, k, 2), of(spans, k, 3), of(spans, k, 4), of(spans, k, 5)
-        inner, outer, clear, fog = of(spans, k, 6), of(spans, k, 7), of(spans, k, 8), of(spans, k, 9)
-        table, mask, grass = i32(of(spans, k, 10)), i32(of(spans, k, 11)), f32(ROAD_COLUMNS + 1) - grass_columns * outer
+        inner, grass, clear, fog, table, mask = of(spans, k, 6), of(spans, k, 7), of(spans, k, 8), of(spans, k, 9), of(spans, k, 10), f32(of(spans, k, 11)).view(np.int32)
         for j in range(u64(LANES)):
             c = start + f32(j)
-            inv, was = inv0 + ix * c, depth[p + j]
-            hit = (inv > was) & (f32(j) < room)
+            inv = inv0 + ix * c
             metres = f32(1.0) / inv
             v = (v0 + vx * c) * metres
             beside = abs(v)
-            x = f32(ROAD_COLUMNS + 0.5) if beside > inner else min(beside, f32(ROAD_COLUMNS - 0.1))
-            x = min(grass + beside * grass_columns, f32(COLUMNS // 2 - 0.1)) if beside > outer else x
-            x = f32(COLUMNS // 2) + math.copysign(x, v)
+            verge = max(f32(ROAD_COLUMNS + 0.5), min(f32(COLUMNS // 2 - 0.1), grass + beside * grass_columns))  # or the edge
+            x = verge if beside > inner else min(f32(ROAD_COLUMNS - 0.1), beside)  # min and max return their first argument when the other is not a number
             along = i32(i32((u0 + ux * c) * metres) & mask)
-            t = texel(i32(table + i32(i32(along * i32(COLUMNS)) + i32(i32(x) & i32(COLUMNS - 1))))) * clear + fog
-            depth[p + j] = inv if hit else was
-            tone[p + j] = np.uint8(i32(t)) if hit else tone[p + j]
+            new, was = pixel(inv, texel(textures, i32(along + i32(table + math.copysign(x, v)))) * clear + fog), pixels[p + j]
+            new = new if f32(j) < room else i32(0)
+            pixels[p + j] = new if new > was else was
 
 @njit(**PIXEL)
-def shade_flat(spans, blocks, n, depth, tone):
+def shade_flat(spans, blocks, n, textures, pixels):
     "As `shade`, for quads of one tone each."
     for b in range(n):
         k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
         p, start, room, inv0, ix = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip, of(spans, k, 0), of(spans, k, 1)
-        gray = np.uint8(i32(texel(i32(of(spans, k, 10) + of(spans, k, 4) / inv0) + i32(COLUMNS // 2))))
+        gray = texel(textures, i32(of(spans, k, 10) + of(spans, k, 4) / inv0))
         for j in range(u64(LANES)):
-            inv, was = inv0 + ix * (start + f32(j)), depth[p + j]
-            hit = (inv > was) & (f32(j) < room)
-            depth[p + j] = inv if hit else was
-            tone[p + j] = gray if hit else tone[p + j]
+            new, was = pixel(inv0 + ix * (start + f32(j)), gray), pixels[p + j]
+            new = new if f32(j) < room else i32(0)
+            pixels[p + j] = new if new > was else was
 
 @njit(**PLAIN)
-def fill(q, n, cam, height, width, inner, spec, flat, e, spans, blocks, depth, tone):
+def fill(q, n, cam, height, width, inner, spec, textures, flat, e, strips, spans, blocks, pixels):
     "Draw the first `n` quads in `q`, as `cam` sees them; `inner`: the part of the road's half width that is not edge."
     set_up(q, n, cam, height, width, e)
-    m = 0
-    for k in range(n + 1):
-        if k == n or m > MOST_SPANS:
-            if flat: shade_flat(spans, blocks, cut_blocks(spans, m, blocks), depth, tone)
-            else: shade(spans, blocks, cut_blocks(spans, m, blocks), depth, tone)
-            m = 0
-        if k < n and at(e, k, TOP) <= at(e, k, BOTTOM): m = find_spans(e, k, inner, spec, width, spans, m)
+    end, done = cut_rows(e, n, strips), u64(0)
+    while done < end:
+        done, m = find_spans(e, strips, done, end, inner, spec, width, spans)
+        count = cut_blocks(spans, m, blocks)
+        if flat: shade_flat(spans, blocks, count, textures, pixels)
+        else: shade(spans, blocks, count, textures, pixels)
 
 # %% ../../nbs/world/20_camera.ipynb #fdf036fb
 def paint_tones():
@@ -504,7 +542,7 @@ def car_batch():
     return out.ravel(), len(rows)
 
 # %% ../../nbs/world/20_camera.ipynb #850d389c
-FAR = f32(1.0 / RANGE_M)
+BEHIND = i32(np.float32(1.0 / RANGE_M).view(np.int32) & -256)  # a pixel of ground or sky, without its tone
 MOST_COLUMNS = MOST_PIXELS + 2 * LANES
 HORIZON, HILLS = f32(-1e-3), f32(0.2)  # a ray that falls less than this is sky; one that rises more is above all hills
 # tones: sky at the horizon, per unit of elevation, to one side; hills, to one side, per unit of elevation, height; ground, fields, furrows, haze per metre, its tone
@@ -513,7 +551,7 @@ AIR_CLASSES = (SKY, 0, 0, SKY, 0, 0, 0, GROUND, 0, 0, 0, 0)
 
 @njit(**PIXEL)
 def bearings(cam, width, air, columns):
-    "Fill `columns` (4 x MOST_COLUMNS,) per column: elevation per unit of a ray's rise, height of the hills, their tone, the sky's tone at the horizon."
+    "Fill `columns` (5 x MOST_COLUMNS,) per column: elevation per unit of a ray's rise, height of the hills, their tone, the sky's tone at the horizon, elevation where a ray of column 0 does not rise."
     m, drop = u64(MOST_COLUMNS), cam[25] if abs(cam[25]) > f32(1e-6) else f32(1e-6)
     t, tx = -cam[19] / drop, -cam[22] / drop  # the row where a column meets the horizon is t + tx column
     x0, xx, z0, zx = cam[18] + t * cam[24], cam[21] + tx * cam[24], cam[20] + t * cam[26], cam[23] + tx * cam[26]
@@ -527,40 +565,33 @@ def bearings(cam, width, air, columns):
             zz = z * z
             sine5, cosine3 = x * (f32(16.0) * zz * zz - f32(12.0) * zz + f32(1.0)), z * (f32(4.0) * zz - f32(3.0))  # of 5 and 3 times the bearing
             columns[c], columns[c + m] = per, (f32(0.05) + f32(0.044) * x * z + f32(0.018) * cosine3 + f32(0.016) * sine5) * tall
-            columns[c + u64(2) * m], columns[c + u64(3) * m] = hill + hill_side * x, sky + sky_side * z
+            columns[c + u64(2) * m], columns[c + u64(3) * m], columns[c + u64(4) * m] = hill + hill_side * x, sky + sky_side * z, cam[22] * f * per
 
 @njit(**PIXEL)
-def sky_row(r, cam, width, air, columns, depth, tone):
-    "Put hills and sky into row `r`."
-    m, rise0, rise_x, fade, hill_fade = u64(MOST_COLUMNS), cam[19] + cam[25] * f32(r), cam[22], air[1], air[5]
-    for first in range(0, width, LANES):
-        p, c, room = u64(r * width + first), u64(first), f32(width - first)
-        for j in range(u64(LANES)):
-            rise = rise0 + rise_x * (f32(first) + f32(j))
-            up = rise * columns[c + j]
-            hills, sky = columns[c + j + u64(2) * m] + hill_fade * up, columns[c + j + u64(3) * m] + fade * min(up, f32(1.0))
-            t = hills if up < columns[c + j + m] else sky
-            tone[p + j] = np.uint8(i32(t)) if (depth[p + j] <= FAR) & (rise > HORIZON) & (f32(j) < room) else tone[p + j]
+def sky_row(r, cam, width, air, columns, pixels):
+    "Begin row `r` with hills and sky, and something below the horizon."
+    m, p, rise, fade, hill_fade = u64(MOST_COLUMNS), u64(r * width), cam[19] + cam[25] * f32(r), air[1], air[5]
+    for c in range(u64(width)):
+        up = columns[c + u64(4) * m] + rise * columns[c]
+        hills, sky = columns[c + u64(2) * m] + hill_fade * up, columns[c + u64(3) * m] + fade * min(up, f32(1.0))
+        pixels[p + c] = i32(BEHIND | i32(i32(hills if up < columns[c + m] else sky) & i32(255)))
 
 @njit(**PIXEL)
-def high_sky_row(r, cam, width, air, columns, depth, tone):
+def high_sky_row(r, cam, width, air, columns, pixels):
     "As `sky_row`, for a row above all hills."
-    m, rise0, rise_x, fade = u64(MOST_COLUMNS), cam[19] + cam[25] * f32(r), cam[22], air[1]
-    for first in range(0, width, LANES):
-        p, c, room = u64(r * width + first), u64(first), f32(width - first)
-        for j in range(u64(LANES)):
-            t = columns[c + j + u64(3) * m] + fade * min((rise0 + rise_x * (f32(first) + f32(j))) * columns[c + j], f32(1.0))
-            tone[p + j] = np.uint8(i32(t)) if (depth[p + j] <= FAR) & (f32(j) < room) else tone[p + j]
+    m, p, rise, fade = u64(MOST_COLUMNS), u64(r * width), cam[19] + cam[25] * f32(r), air[1]
+    for c in range(u64(width)):
+        pixels[p + c] = i32(BEHIND | i32(i32(columns[c + u64(3) * m] + fade * min(columns[c + u64(4) * m] + rise * columns[c], f32(1.0))) & i32(255)))
 
 @njit(**PIXEL)
-def ground_row(r, cam, drop, width, air, depth, tone):
-    "Put the ground, `drop` m above the eye (so negative), into row `r`."
+def ground_row(r, cam, drop, width, air, pixels):
+    "Put the ground, `drop` m above the eye (so negative), into row `r` where nothing was drawn."
     f, one = f32(r), i32(1)
     x0, y0, z0, xx, yx, zx = cam[18] + cam[24] * f, cam[19] + cam[25] * f, cam[20] + cam[26] * f, cam[21], cam[22], cam[23]
     ex, ez, base, fields, furrows, haze, haze_tone = cam[0], cam[2], air[7], air[8], air[9], air[10], air[11]
     for first in range(0, width, LANES):
         p, room, empty = u64(r * width + first), f32(width - first), False
-        for j in range(u64(LANES)): empty |= depth[p + j] <= FAR
+        for j in range(u64(LANES)): empty |= pixels[p + j] < BEHIND + i32(256)
         if not empty: continue
         for j in range(u64(LANES)):
             c = f32(first) + f32(j)
@@ -569,19 +600,27 @@ def ground_row(r, cam, drop, width, air, depth, tone):
             a, b = i32((ex + metres * (x0 + xx * c)) * f32(0.125) + f32(8192.0)), i32((ez + metres * (z0 + zx * c)) * f32(0.125) + f32(8192.0))
             t = base + (fields if i32(i32(a ^ b) & one) == i32(0) else f32(0.0)) + (furrows if i32(i32(i32(a ^ i32(a >> one)) ^ i32(b >> i32(2))) & one) == i32(0) else f32(0.0))
             t = t + min(metres * haze, f32(0.45)) * (haze_tone - t)
-            tone[p + j] = np.uint8(i32(t)) if (depth[p + j] <= FAR) & (rise <= HORIZON) & (f32(j) < room) else tone[p + j]
+            pixels[p + j] = i32(BEHIND | i32(t)) if (pixels[p + j] < BEHIND + i32(256)) & (rise <= HORIZON) & (f32(j) < room) else pixels[p + j]
 
 @njit(**PLAIN)
-def fill_background(cam, ground_y, height, width, air, columns, depth, tone):
-    "Ground and sky wherever nothing was drawn."
+def begin_rows(cam, height, width, air, columns, pixels):
+    "Begin the picture: rows with some sky, and empty ones."
     bearings(cam, width, air, columns)
-    drop = min(f32(ground_y) - cam[1], f32(-1e-3))
     for r in range(height):
         left = cam[19] + cam[25] * f32(r)
         right = left + cam[22] * f32(width - 1)
-        if min(left, right) > HILLS: high_sky_row(r, cam, width, air, columns, depth, tone)
-        elif max(left, right) > HORIZON: sky_row(r, cam, width, air, columns, depth, tone)
-        if min(left, right) <= HORIZON: ground_row(r, cam, drop, width, air, depth, tone)
+        if min(left, right) > HILLS: high_sky_row(r, cam, width, air, columns, pixels)
+        elif max(left, right) > HORIZON: sky_row(r, cam, width, air, columns, pixels)
+        else:
+            for c in range(u64(width)): pixels[u64(r * width) + c] = BEHIND
+
+@njit(**PLAIN)
+def fill_ground(cam, ground_y, height, width, air, pixels):
+    "Ground wherever nothing was drawn below the horizon."
+    drop = min(f32(ground_y) - cam[1], f32(-1e-3))
+    for r in range(height):
+        left = cam[19] + cam[25] * f32(r)
+        if min(left, left + cam[22] * f32(width - 1)) <= HORIZON: ground_row(r, cam, drop, width, air, pixels)
 
 # %% ../../nbs/world/20_camera.ipynb #f588f617
 GLYPHS = (31599, 11415, 29671, 29647, 23497, 31183, 31215, 29257, 31727, 31695)  # digits 0 … 9, 5 rows of 3 bits
@@ -618,39 +657,40 @@ def wave(x):
     return abs(f32(2.0) * (x - f32(math.floor(x))) - f32(1.0))
 
 @njit(**PIXEL)
-def cloud_row(r, cam, width, drift, columns, depth, tone):
+def cloud_row(r, cam, width, drift, columns, pixels):
     "Whiten the sky of row `r` where a cloud is; `drift`: how far the clouds have come, in units of their height above the eye."
     f, m = f32(r), u64(MOST_COLUMNS)
     x0, y0, z0 = cam[18] + cam[24] * f, cam[19] + cam[25] * f, cam[20] + cam[26] * f
     for c in range(u64(width)):
         p, rise = u64(r * width) + c, y0 + cam[22] * f32(c)
-        if depth[p] > FAR or rise * columns[c] < max(columns[c + m], f32(0.03)): continue
+        if pixels[p] >= BEHIND + i32(256) or rise * columns[c] < max(columns[c + m], f32(0.03)): continue
         x, z = (x0 + cam[21] * f32(c)) / rise + drift, (z0 + cam[23] * f32(c)) / rise
         thick = wave(f32(0.53) * x + f32(0.17) * z) + wave(f32(0.41) * z - f32(0.23) * x) + f32(0.6) * wave(f32(1.31) * x + f32(0.97) * z) + f32(0.4) * wave(f32(2.3) * z - f32(1.9) * x)
         white = min(max(thick * f32(1.1) - f32(1.6), f32(0.0)), f32(1.0))
         white *= white * (f32(3.0) - f32(2.0) * white) * min(rise * columns[c] * f32(6.0), f32(1.0))
-        tone[p] = np.uint8(i32(f32(tone[p]) + white * (f32(246.0) - f32(tone[p]))))
+        tone = f32(i32(pixels[p] & i32(255)))
+        pixels[p] = i32(BEHIND | i32(tone + white * (f32(246.0) - tone)))
 
 @njit(**PLAIN)
-def box(tone, height, width, row, column, rows, columns, gray):
+def box(pixels, height, width, row, column, rows, columns, gray):
     "Fill a rectangle, as far as it is in the picture."
     for r in range(max(row, 0), min(row + rows, height)):
-        for c in range(max(column, 0), min(column + columns, width)): tone[u64(r * width + c)] = gray
+        for c in range(max(column, 0), min(column + columns, width)): pixels[u64(r * width + c)] = gray
 
 @njit(**PLAIN)
-def clock(tone, height, width, time_ms):
+def clock(pixels, height, width, time_ms):
     "Write the time as m:ss.cc on a dark plate at the bottom."
     size = max(1, height // 64)
     row, column, hundredths = height - 7 * size, (width - 25 * size) // 2, int(time_ms) // 10
-    box(tone, height, width, row - size, column - size, 8 * size, 26 * size, 60)
+    box(pixels, height, width, row - size, column - size, 8 * size, 26 * size, 60)
     digits = (hundredths // 6000 % 10, hundredths // 1000 % 6, hundredths // 100 % 10, hundredths // 10 % 10, hundredths % 10)
     for place in range(5):
         glyph = GLYPHS[digits[place]]
         for bit in range(15):
-            if glyph >> (14 - bit) & 1: box(tone, height, width, row + bit // 3 * size, column + bit % 3 * size, size, size, 235)
+            if glyph >> (14 - bit) & 1: box(pixels, height, width, row + bit // 3 * size, column + bit % 3 * size, size, size, 235)
         column += 4 * size
         if place == 0 or place == 2:
-            for y in ((1, 3) if place == 0 else (4, 4)): box(tone, height, width, row + y * size, column, size, size, 235)
+            for y in ((1, 3) if place == 0 else (4, 4)): box(pixels, height, width, row + y * size, column, size, size, 235)
             column += 2 * size
 
 @njit(**INLINE)
@@ -677,34 +717,34 @@ def other_car(road, t, j, seed, key, seconds, position, rotation):
 
 # %% ../../nbs/world/20_camera.ipynb #5a630cba
 TILTS, TILT_STEP = 25, 0.02  # sprites on each side of upright; steps of the tilt's sine
-Sprites = namedtuple("Sprites", "depth tone row column")  # (2 TILTS + 1, rows, columns) float32 and uint8, and where their corner belongs in a picture
+Sprites = namedtuple("Sprites", "pixels row column")  # (2 TILTS + 1, rows, columns) int32, see `pixel`, and where their corner belongs in a picture
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def draw_tilts(height, width, spec, car_quads, car_count, back, above, pitch):
-    "(2 TILTS + 1, height, width): 1/depth, 0 where there is nothing, and tones of the car for each tilt of the camera."
-    depths, tones = np.zeros((2 * TILTS + 1, height, width), np.float32), np.zeros((2 * TILTS + 1, height, width), np.uint8)
-    cam, e, spans = np.empty(N_CAM, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * STRIDE, np.float32)
-    blocks = np.empty((MOST_SPANS + height + LANES) * (width // LANES + 2) + 4, np.int32)
+    "(2 TILTS + 1, height, width) int32: the car for each tilt of the camera, 0 where there is nothing."
+    out = np.zeros((2 * TILTS + 1, height, width), np.int32)
+    cam, e, strips, spans = np.empty(N_CAM, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(MOST * (height // SPAN_LANES + 2), np.int32), np.empty(N_SPAN * STRIDE, np.float32)
+    blocks = np.empty((MOST_SPANS + LANES) * (width // LANES + 2), np.int32)
     for k in range(2 * TILTS + 1):
-        depth, tone, sine = np.zeros(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8), TILT_STEP * (k - TILTS)
+        pixels, sine = np.zeros(height * width + LANES, np.int32), TILT_STEP * (k - TILTS)
         set_axes(0.0, 0.0, 0.0, sine, math.sqrt(1.0 - sine * sine), 0.0, 0.0, 0.0, 1.0, back, above, pitch, cam)
         look(cam, height, width)
-        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, True, e, spans, blocks, depth, tone)
-        for i in range(height * width): depths[k, i // width, i % width], tones[k, i // width, i % width] = depth[i], tone[i]
-    return depths, tones
+        fill(car_quads, car_count, cam, height, width, f32(1.0), spec, TEXTURES, True, e, strips, spans, blocks, pixels)
+        for i in range(height * width): out[k, i // width, i % width] = pixels[i]
+    return out
 
 @lru_cache(8)
 def make_sprites(height, width, as_classes, wanted):
     "`Sprites` of the chase view, cut to where the car is, in whole blocks; none if not `wanted` or if the picture is too narrow."
-    quads, count = car_batch()
-    if wanted: depth, tone = draw_tilts(height, width, make_spec(as_classes), quads, count, *CHASE)
-    if not wanted or not (depth > 0).any() or width < 2 * LANES: return Sprites(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.uint8), 0, 0)
-    rows, columns = np.flatnonzero((depth > 0).any(axis=(0, 2))), np.flatnonzero((depth > 0).any(axis=(0, 1)))
+    none = Sprites(np.zeros((0, 0, 0), np.int32), 0, 0)
+    if not wanted or width < 2 * LANES: return none
+    pixels = draw_tilts(height, width, make_spec(as_classes), *car_batch(), *CHASE)
+    if not pixels.any(): return none
+    rows, columns = np.flatnonzero(pixels.any(axis=(0, 2))), np.flatnonzero(pixels.any(axis=(0, 1)))
     wide = -(-(columns[-1] + 1 - columns[0]) // LANES) * LANES
     first = max(0, min(columns[0], width - wide))
-    part = slice(None), slice(rows[0], rows[-1] + 1), slice(first, first + wide)
-    if first + wide > width: depth, tone = (np.pad(x, [(0, 0), (0, 0), (0, first + wide - width)]) for x in (depth, tone))
-    return Sprites(np.ascontiguousarray(depth[part]), np.ascontiguousarray(tone[part]), int(rows[0]), int(first))
+    if first + wide > width: pixels = np.pad(pixels, [(0, 0), (0, 0), (0, first + wide - width)])
+    return Sprites(np.ascontiguousarray(pixels[:, rows[0]:rows[-1] + 1, first:first + wide]), int(rows[0]), int(first))
 
 @njit(**INLINE)
 def tilt_of(cam, rotation, sprites):
@@ -712,27 +752,46 @@ def tilt_of(cam, rotation, sprites):
     sine = cam[3] * rotation[0, 1] + cam[4] * rotation[1, 1] + cam[5] * rotation[2, 1]
     upright = cam[3] * rotation[0, 0] + cam[4] * rotation[1, 0] + cam[5] * rotation[2, 0] < 0.0
     k = int(math.floor(sine / TILT_STEP + 0.5)) + TILTS
-    return k if upright and 0 <= k < len(sprites.depth) else -1
+    return k if upright and 0 <= k < len(sprites.pixels) else -1
 
 @njit(**PIXEL)
-def copy_sprite(car_depth, car_tone, k, row, column, width, depth, tone):
-    "Put sprite `k` into the picture where it is nearer than what is there."
-    for r in range(u64(car_depth.shape[1])):
-        for c in range(u64(0), u64(car_depth.shape[2]), u64(LANES)):
+def copy_sprite(car, k, row, column, width, pixels):
+    "Put sprite `k` of `car` into the picture where it is nearer than what is there."
+    for r in range(u64(car.shape[1])):
+        for c in range(u64(0), u64(car.shape[2]), u64(LANES)):
             p = (u64(row) + r) * u64(width) + u64(column) + c
             for j in range(u64(LANES)):
-                inv, was = car_depth[u64(k), r, c + j], depth[p + j]
-                hit = inv > was
-                depth[p + j] = inv if hit else was
-                tone[p + j] = car_tone[u64(k), r, c + j] if hit else tone[p + j]
+                new, was = car[u64(k), r, c + j], pixels[p + j]
+                pixels[p + j] = new if new > was else was
 
 # %% ../../nbs/world/20_camera.ipynb #aa4686fc
 PIXELS, OTHERS_PER_M = 0.4, 1 / 45
 ROAD_ARRAYS = "offset centre tangent left up s half_width"
 RoadArrays = namedtuple("RoadArrays", ROAD_ARRAYS.split())
 View = namedtuple("View", "height width back above pitch car distractors seed")
-Paint = namedtuple("Paint", "spec air car_quads car_count as_classes")
-Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up spans blocks depth tone position rotation")
+Paint = namedtuple("Paint", "spec textures air car_quads car_count as_classes")
+Scratch = namedtuple("Scratch", "cam own columns far seen quads set_up strips spans blocks pixels position rotation")
+SCRATCH_TYPES = "f4 f4 f4 f4 i4 f4 f4 i4 f4 i4 i4"  # of a `Scratch`, but for the float64 pose at its end
+
+def prefetch(array, i):
+    "Ask the processor to fetch the memory of element `i` of the flat `array`, which is read or written soon. No effect but on speed."
+
+@intrinsic
+def fetch(context, array, i):
+    "The processor's instruction for `prefetch`."
+    def build(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        whole = cgutils.ir.IntType(32)
+        call = cgutils.get_or_insert_function(builder.module, cgutils.ir.FunctionType(cgutils.ir.VoidType(), [cgutils.voidptr_t, whole, whole, whole]), "llvm.prefetch.p0i8")
+        builder.call(call, [builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t), whole(0), whole(3), whole(1)])  # to read, into the nearest cache, data
+        return context.get_dummy_value()
+    return types.void(array, types.int64), build
+
+@overload(prefetch, target="cpu")
+def prefetch_on_cpu(array, i): return lambda array, i: fetch(array, i)
+
+@overload(prefetch, target="cuda")
+def prefetch_on_cuda(array, i): return lambda array, i: None
 
 @njit(**PIXEL)
 def distances(cam, ball, lo, hi, far):
@@ -756,6 +815,7 @@ def find_quads(scene, t, view, w):
         level = int(x >= f32(2.0)) + int(x >= f32(4.0)) + int(x >= f32(8.0)) + int(x >= f32(16.0)) + int(x >= f32(32.0)) + int(x >= f32(64.0))
         for i in range(scene.quad_offset[u64(chunk * LEVELS + level)], scene.quad_offset[u64(chunk * LEVELS + level + 1)]):
             w.seen[n] = i
+            prefetch(scene.quads, i * FIELDS)
             n += u64(1)
     return int(n)
 
@@ -773,10 +833,9 @@ def take_car(car_quads, out):
         for j in range(u64(LANES)): out[k * u64(MOST) + j] = car_quads[k * u64(MOST) + j]
 
 @njit(**INLINE)
-def draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w):
+def draw_all(seen, scene, road, t, position, rotation, key, seconds, view, paint, sprites, w):
     """Draw what stands on track `t`, the other cars, and the car at this pose, batch by batch. One loop with one call of `fill`, because with several the compiler makes as many
     copies of it, too much for the processor's instruction cache."""
-    seen = find_quads(scene, t, view, w)
     batches = (seen + MOST - 1) // MOST
     sprite = tilt_of(w.cam, rotation, sprites)
     others = max(1, int((road.s[road.offset[t + 1] - 1] - road.s[road.offset[t]]) * OTHERS_PER_M)) if view.distractors > 2 else 0
@@ -795,8 +854,8 @@ def draw_all(scene, road, t, position, rotation, key, seconds, view, paint, spri
             else: from_car(w.cam, position, rotation, w.own)
             look(w.own, view.height, view.width)
             take_car(paint.car_quads, w.quads)
-        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, part >= batches, w.set_up, w.spans, w.blocks, w.depth, w.tone)
-    if view.car and sprite >= 0: copy_sprite(sprites.depth, sprites.tone, sprite, sprites.row, sprites.column, view.width, w.depth, w.tone)
+        fill(w.quads, count, w.own, view.height, view.width, scene.inner[t], paint.spec, paint.textures, part >= batches, w.set_up, w.strips, w.spans, w.blocks, w.pixels)
+    if view.car and sprite >= 0: copy_sprite(sprites.pixels, sprite, sprites.row, sprites.column, view.width, w.pixels)
 
 @njit(**INLINE)
 def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, sprites, w, out):
@@ -805,39 +864,59 @@ def draw_car(scene, road, t, position, rotation, key, time_ms, view, paint, spri
     aim(position, rotation, view.back, view.above, view.pitch, w.cam)
     if view.distractors > 1: shake(w.cam, view.seed, key, seconds)
     look(w.cam, view.height, view.width)
-    for i in range(u64(view.height * view.width + LANES)): w.depth[i] = FAR
-    draw_all(scene, road, t, position, rotation, key, seconds, view, paint, sprites, w)
-    fill_background(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.columns, w.depth, w.tone)
+    for i in range(0, view.height * view.width, 64): prefetch(out, i)
+    seen = find_quads(scene, t, view, w)
+    begin_rows(w.cam, view.height, view.width, paint.air, w.columns, w.pixels)
+    draw_all(seen, scene, road, t, position, rotation, key, seconds, view, paint, sprites, w)
+    fill_ground(w.cam, scene.ground_y[t], view.height, view.width, paint.air, w.pixels)
     if not paint.as_classes:
         if view.distractors > 0:
-            for r in range(view.height): cloud_row(r, w.cam, view.width, f32(5.0 * chance(view.seed, key, 5) + 0.15 * seconds), w.columns, w.depth, w.tone)
-        if view.distractors > 1: clock(w.tone, view.height, view.width, time_ms)
-    for i in range(u64(view.height * view.width)): out[i] = w.tone[i]
+            for r in range(view.height): cloud_row(r, w.cam, view.width, f32(5.0 * chance(view.seed, key, 5) + 0.15 * seconds), w.columns, w.pixels)
+        if view.distractors > 1: clock(w.pixels, view.height, view.width, time_ms)
+    for i in range(u64(view.height * view.width)): out[i] = np.uint8(w.pixels[i])
+
+@njit(**INLINE)
+def scratch_sizes(scene, view):
+    "Lengths of the arrays of a `Scratch`, but for the pose at its end."
+    return (N_CAM, N_CAM, 5 * MOST_COLUMNS, scene.most_chunks, scene.most_quads, FIELDS * MOST, N_SET * MOST, MOST * (view.height // SPAN_LANES + 2), N_SPAN * STRIDE,
+            (MOST_SPANS + LANES) * (view.width // LANES + 2) + 4, view.height * view.width + LANES)
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def draw_block(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, first, end, out):
+    "As `render_kernel`, for cars `first` … `end - 1`, which share one set of scratch arrays."
+    a = scratch_sizes(scene, view)
+    w = Scratch(np.empty(a[0], np.float32), np.empty(a[1], np.float32), np.empty(a[2], np.float32), np.empty(a[3], np.float32), np.empty(a[4], np.int32), np.zeros(a[5], np.float32), np.zeros(a[6], np.float32),
+                np.empty(a[7], np.int32), np.empty(a[8], np.float32), np.empty(a[9], np.int32), np.empty(a[10], np.int32), np.empty(3), np.empty((3, 3)))
+    for i in range(first, end): draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def render_kernel(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, block, out):
-    "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees; `block` cars share one set of scratch arrays."
-    n, height, width = len(out), view.height, view.width
-    for b in prange((n + block - 1) // block):
-        most = MOST_SPANS + height + LANES
-        w = Scratch(np.empty(N_CAM, np.float32), np.empty(N_CAM, np.float32), np.empty(4 * MOST_COLUMNS, np.float32), np.empty(scene.most_chunks, np.float32), np.empty(scene.most_quads, np.int32),
-                    np.zeros(FIELDS * MOST, np.float32), np.zeros(N_SET * MOST, np.float32), np.empty(N_SPAN * STRIDE, np.float32),
-                    np.empty(most * (width // LANES + 2) + 4, np.int32), np.empty(height * width + LANES, np.float32), np.zeros(height * width + LANES, np.uint8),
-                    np.empty(3), np.empty((3, 3)))
-        for i in range(b * block, min(n, b * block + block)):
-            draw_car(scene, road, track_index[i], position[i], rotation[i], key[i], time_ms[i], view, paint, sprites, w, out[i])
+    "Fill `out` (n, H x W) uint8 with the tones or classes that each car's camera sees, `block` cars at a time."
+    n = len(out)
+    for b in prange((n + block - 1) // block): draw_block(scene, road, track_index, position, rotation, key, time_ms, view, paint, sprites, b * block, min(n, b * block + block), out)
 
 # %% ../../nbs/world/20_camera.ipynb #85df612e
-def check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms):
-    "ValueError for arguments that cannot be drawn; the arrays, made contiguous."
+def make_view(image_size, view, car, distractors, seed):
+    "`View` of a picture; ValueError for what cannot be drawn."
     if view not in ("chase", "hood"): raise ValueError(f"no camera view {view!r}; there are chase and hood")
     if distractors not in (0, 1, 2, 3): raise ValueError(f"distractors {distractors!r}: 0, 1, 2 or 3")
-    if distractors and time_ms is None: raise ValueError("distractors move: give time_ms")
     if min(image_size) < 1 or max(image_size) > MOST_PIXELS: raise ValueError(f"image_size {image_size}: 1 … {MOST_PIXELS} pixels each way")
-    position = np.ascontiguousarray(position, np.float64).reshape(-1, 3)
-    rotation = np.ascontiguousarray(rotation, np.float64).reshape(-1, 3, 3)
+    return View(*map(int, image_size), *(CHASE if view == "chase" else HOOD), bool(car) and view == "chase", int(distractors), int(seed))
+
+def sprites_of(view, as_classes=False):
+    "The `Sprites` for a `View`; none with a shaking camera."
+    return make_sprites(view.height, view.width, as_classes, view.car and view.distractors < 2)
+
+def road_of(tracks):
+    "The `RoadArrays` among the arrays of packed tracks."
+    return RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields])
+
+def check(tracks, track_index, position, rotation, image_size, out):
+    "ValueError for arguments that cannot be drawn; the arrays, contiguous and writable, as the kernel would be compiled anew for read-only ones."
+    position = np.require(position, np.float64, "CW").reshape(-1, 3)
+    rotation = np.require(rotation, np.float64, "CW").reshape(-1, 3, 3)
     n, last = len(position), len(tracks.offset) - 2
-    track_index = np.ascontiguousarray(np.broadcast_to(track_index, n), np.int64)
+    track_index = np.require(np.broadcast_to(track_index, n), np.int64, "CW")
     if len(rotation) != n: raise ValueError(f"{n} positions, {len(rotation)} rotations")
     if n and not 0 <= track_index.min() <= track_index.max() <= last: raise ValueError(f"track_index outside 0 … {last}")
     if not (np.isfinite(position).all() and np.isfinite(rotation).all()): raise ValueError("a car's position or rotation is not finite")
@@ -848,19 +927,18 @@ def check(tracks, track_index, position, rotation, image_size, view, out, distra
 @lru_cache(None)
 def make_paint(as_classes):
     "`Paint` for tones or classes."
-    return Paint(make_spec(as_classes), np.array(AIR_CLASSES if as_classes else AIR, np.float32), *car_batch(), as_classes)
+    return Paint(make_spec(as_classes), TEXTURES, np.array(AIR_CLASSES if as_classes else AIR, np.float32), *car_batch(), as_classes)
 
 def draw(tracks, track_index, position, rotation, image_size, view, out, car, distractors, time_ms, seed, key, as_classes):
     "Check the arguments and run the kernel; see `render`."
-    track_index, position, rotation = check(tracks, track_index, position, rotation, image_size, view, out, distractors, time_ms)
+    view = make_view(image_size, view, car, distractors, seed)
+    if distractors and time_ms is None: raise ValueError("distractors move: give time_ms")
+    track_index, position, rotation = check(tracks, track_index, position, rotation, image_size, out)
     n, (height, width) = len(position), image_size
     if out is None: out = np.empty((n, height, width), np.uint8)
-    car = bool(car) and view == "chase"
-    scene, per_car = scene_of(tracks), lambda x, dtype: np.ascontiguousarray(np.broadcast_to(x, n), dtype)
-    render_kernel(scene, RoadArrays(*[getattr(tracks, x) for x in RoadArrays._fields]), track_index, position, rotation,
-                  per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
-                  View(int(height), int(width), *(CHASE if view == "chase" else HOOD), car, int(distractors), int(seed)), make_paint(as_classes), make_sprites(int(height), int(width), as_classes, car and distractors < 2),
-                  min(64, max(4, n // (2 * get_num_threads()))), out.reshape(n, height * width))
+    per_car = lambda x, dtype: np.require(np.broadcast_to(x, n), dtype, "CW")
+    render_kernel(scene_of(tracks), road_of(tracks), track_index, position, rotation, per_car(np.arange(n) if key is None else key, np.int64), per_car(0 if time_ms is None else time_ms, np.float64),
+                  view, make_paint(as_classes), sprites_of(view, as_classes), min(64, max(4, n // (2 * get_num_threads()))), out.reshape(n, height * width))
     return out
 
 def render(tracks, track_index, position, rotation, image_size=(64, 64), view="chase", out=None, car=True, distractors=0, time_ms=None, seed=0, key=None):

@@ -6,13 +6,13 @@
 __all__ = ['WORLD_VERSION', 'ZONE', 'BEST_ZONE', 'BEST_S', 'BEST_MS', 'EPISODE', 'FINISH_MS', 'PREVIOUS', 'N_ROW', 'ENDS',
            'RUNNING', 'FINISHED', 'OFF_ROAD', 'NO_PROGRESS', 'TIME_LIMIT', 'ABOVE_ROAD_M', 'NO_RANDOM', 'RANDOM_START',
            'ANYWHERE', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS', 'REWARD_PER_M', 'IDLE_MS', 'IDLE_M', 'KEY_CONTROLS',
-           'ACTION_OF_KEYS', 'THREADS_PER_BLOCK', 'uniform', 'mixed', 'LineArrays', 'line_arrays', 'on_ribbon',
-           'road_along_line', 'zone_at', 'section_before', 'place_on_line', 'begin', 'pass_gates', 'next_zone',
-           'zone_back_on_road', 'line_distance', 'is_finite', 'put_back', 'decide', 'distractor_key', 'end_of',
-           'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars',
+           'ACTION_OF_KEYS', 'THREADS_PER_BLOCK', 'MOST_DRAWING', 'uniform', 'mixed', 'LineArrays', 'line_arrays',
+           'on_ribbon', 'road_along_line', 'zone_at', 'section_before', 'place_on_line', 'begin', 'pass_gates',
+           'next_zone', 'zone_back_on_road', 'line_distance', 'is_finite', 'put_back', 'decide', 'distractor_key',
+           'end_of', 'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars',
            'observe_cars', 'key_controls', 'analog_action', 'analog_actions', 'analog_controls', 'RaceVectorEnv',
-           'wanted_tracks', 'final_of', 'thread_count', 'random_mode', 'cuda_kernels', 'two_of_min_max', 'CudaCars',
-           'RaceEnv']
+           'wanted_tracks', 'final_of', 'thread_count', 'random_mode', 'cuda_kernels', 'two_of_min_max', 'on_card',
+           'CudaFrames', 'CudaCars', 'RaceEnv']
 
 # %% ../../nbs/world/30_env.ipynb #1677e6f4
 import math, numbers, os
@@ -24,12 +24,12 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numba import njit, prange
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 from ..replays.actions import ACTIONS, DEAD_ZONE, nearest_action
 from ..replays.floats import INLINE, LINE_AFTER, LINE_BEFORE, MAX_ZONE_M2, N_FLOATS, advance_zone, float_row, metres_in_zone, road_column, road_points, squared_distance, zone_metres
 from ..tracks.geometry import GATE_HEIGHT, POST
 from ..tracks.track import Track, locate_on, pack
-from .camera import render
+from .camera import SCRATCH_TYPES, Scratch, draw_car, make_paint, make_view, render, road_of, scene_of, scratch_sizes, sprites_of
 from .car import (ANG, CAR, CHECKPOINT, GEARBOX, HEIGHT, LATERAL, N_CAR, OFF, POS, PROGRESS, ROT, S, SEGMENT, SHIFT_STEPS, TICK_MS, TICKS, TIME, TRACK, VEL,
                              car_states, place_car, tick)
 
@@ -215,6 +215,7 @@ def decide(c, T, L, P, steer, gas, brake, shaping):
     until = c[FINISH_MS] if c[FINISH_MS] > 0.0 else c[TIME]
     return REWARD_PER_MS * (until - begun) + REWARD_PER_M * (c[PROGRESS] - progress) + potential
 
+@register_jitable
 def distractor_key(car, episode): return (episode << 32) + car  # what `render` draws its distractors from, beside the seed and the race time
 
 @njit(**INLINE)
@@ -331,6 +332,7 @@ class RaceVectorEnv(VectorEnv):
         if not isinstance(num_envs, numbers.Integral) or num_envs < 1: raise ValueError(f"num_envs {num_envs!r}: a whole number from 1 on")
         if set(extras) - {"progress"}: raise ValueError(f"extras {tuple(extras)}: only 'progress' is known")
         if distractors not in (0, 1, 2, 3): raise ValueError(f"distractors {distractors!r}: 0, 1, 2 or 3")
+        if image_size is not None: make_view(image_size, view, True, distractors, 0)
         if not np.isfinite(shaping): raise ValueError(f"shaping {shaping!r}: reward per metre of distance to the reference line, such as -0.1")
         self.num_envs, self.image_size, self.action_mode, self.extras, self.view, self.car = int(num_envs), image_size, action_mode, tuple(extras), view, car
         self.threads, self.max_race_s, self.random_start = thread_count(threads), float(max_race_s), random_mode(random_start)
@@ -403,7 +405,7 @@ class RaceVectorEnv(VectorEnv):
 
     def observe(self):
         "The observation of all cars as it stands."
-        if self._card: return self._card.observe()
+        if self._card: return self._card.observe(self)
         numba.set_num_threads(self.threads)
         obs = self._new_obs()
         observe_cars(np.arange(self.num_envs), self.rows, self.packed, self.lines, obs["floats"], self._extras(obs))
@@ -474,7 +476,7 @@ def random_mode(random_start):
 # %% ../../nbs/world/30_env.ipynb #9ff9f88b
 @lru_cache(None)
 def cuda_kernels():
-    "The kernels (step, restart, observe, check_keys, check_analog) for a graphics card; ValueError when there is none."
+    "The kernels (step, restart, observe, check_keys, check_analog, frames) for a graphics card; ValueError when there is none."
     global cuda  # the simulator of numba.cuda looks for this name among the globals
     from numba import cuda
     if not cuda.is_available():
@@ -517,7 +519,22 @@ def cuda_kernels():
             actions[i] = analog_action(controls[i, 0], controls[i, 1], controls[i, 2])
             if actions[i] < 0: bad[0] = 1
 
-    return step, restart, observe, check_keys, check_analog
+    @cuda.jit
+    def frames(rows, everyone, over, scene, road, view, paint, sprites, scratch, image, final_image):
+        thread, position, rotation = cuda.grid(1), cuda.local.array(3, np.float64), cuda.local.array((3, 3), np.float64)
+        if thread < scratch.cam.shape[0]:
+            w = Scratch(scratch.cam[thread], scratch.own[thread], scratch.columns[thread], scratch.far[thread], scratch.seen[thread], scratch.quads[thread], scratch.set_up[thread],
+                        scratch.strips[thread], scratch.spans[thread], scratch.blocks[thread], scratch.pixels[thread], scratch.position[thread], scratch.rotation[thread])
+            for i in range(thread, rows.shape[0], scratch.cam.shape[0]):
+                if everyone or over[2, i]:
+                    if not everyone:
+                        for k in range(image.shape[1]): final_image[i, k] = image[i, k]
+                    for k in range(3):
+                        position[k] = rows[i, POS + k]
+                        for j in range(3): rotation[k, j] = rows[i, ROT + 3 * k + j]
+                    draw_car(scene, road, int(rows[i, TRACK]), position, rotation, distractor_key(i, int(rows[i, EPISODE])), rows[i, TIME], view, paint, sprites, w, image[i])
+
+    return step, restart, observe, check_keys, check_analog, frames
 
 def two_of_min_max():
     "Give the card `min` and `max` of two numbers, as on the processor: numba from 0.66 on has lost them (its issue 10753)."
@@ -526,19 +543,34 @@ def two_of_min_max():
     @overload(max, target="cuda")
     def larger(a, b): return lambda a, b: b if b > a else a
 
-THREADS_PER_BLOCK = 64
+THREADS_PER_BLOCK, MOST_DRAWING = 64, 16384  # threads that draw at a time: each needs its own scratch arrays
+
+def on_card(t):
+    "A named tuple with its arrays on the card."
+    return type(t)(*[cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in t])
+
+class CudaFrames:
+    "What a card needs to draw the pictures of a `RaceVectorEnv`: `T` are its tracks there."
+    def __init__(self, env, T):
+        view = make_view(env.image_size, env.view, True, env.distractors, 0)
+        scene, threads = scene_of(env.packed), min(env.num_envs, MOST_DRAWING)
+        sizes = [*zip(scratch_sizes(scene, view), SCRATCH_TYPES.split())]
+        needed, free = threads * sum(4 * n for n, _ in sizes) + 4 * env.num_envs * view.height * view.width, cuda.current_context().get_memory_info()[0]
+        if needed > free: raise ValueError(f"device 'cuda': pictures of {env.num_envs} cars need {needed / 1e9:.1f} GB on the card, {free / 1e9:.1f} are free; use fewer cars or a smaller image_size")
+        self.view, self.scene, self.road, self.paint, self.sprites = view, on_card(scene), road_of(T), on_card(make_paint(False)), on_card(sprites_of(view))
+        self.scratch = Scratch(*[cuda.device_array((threads, n), t) for n, t in sizes], cuda.device_array((threads, 3), np.float64), cuda.device_array((threads, 3, 3), np.float64))
 
 class CudaCars:
     "The cars of a `RaceVectorEnv` on a graphics card, with two sets of outputs that take turns."
     def __init__(self, env):
-        if env.image_size is not None: raise ValueError("device 'cuda': the camera draws on the processor only in this version; use image_size=None, or device='cpu'")
         self.kernels, self.turn, n = [k[-(-env.num_envs // THREADS_PER_BLOCK), THREADS_PER_BLOCK] for k in cuda_kernels()], 0, env.num_envs
-        on_card = lambda t: type(t)(*[cuda.to_device(a) if isinstance(a, np.ndarray) else a for a in t])
         self.T, self.L, self.P = map(on_card, (env.packed, env.lines, env.car))
         self.rows, self.wanted, self.key_controls, self.own = (cuda.to_device(a) for a in (env.rows, env._wanted, KEY_CONTROLS, np.arange(n)))
-        make = lambda shape, dtype=np.float64: cuda.to_device(np.zeros(shape, dtype))
-        self.sets = [dict(reward=make(n), measured=make((2, n)), counted=make((4, n), np.int64), over=make((3, n), np.bool_), floats=make((n, N_FLOATS), np.float32),
-                          extras=make((n, len(env.extras)), np.float32), final_floats=make((n, N_FLOATS), np.float32), final_extras=make((n, len(env.extras)), np.float32)) for _ in range(2)]
+        self.pictures = None if env.image_size is None else CudaFrames(env, self.T)
+        make, pixels = lambda shape, dtype=np.float64: cuda.to_device(np.zeros(shape, dtype)), 0 if env.image_size is None else math.prod(env.image_size)
+        seen = dict(floats=((n, N_FLOATS), np.float32), extras=((n, len(env.extras)), np.float32), image=((n, pixels), np.uint8))
+        self.sets = [dict(reward=make(n), measured=make((2, n)), counted=make((4, n), np.int64), over=make((3, n), np.bool_)) |
+                     {prefix + name: make(*s) for prefix in ("", "final_") for name, s in seen.items()} for _ in range(2)]
 
     def next_set(self):
         "The set of outputs that was used longest ago."
@@ -547,7 +579,13 @@ class CudaCars:
 
     def obs(self, out, prefix=""):
         "The observation in the outputs `out`."
-        return dict(floats=out[prefix + "floats"]) | (dict(extras=out[prefix + "extras"]) if out["extras"].shape[1] else {})
+        image = dict(image=out[prefix + "image"].reshape(-1, 1, *self.pictures.view[:2])) if self.pictures else {}
+        return image | dict(floats=out[prefix + "floats"]) | (dict(extras=out[prefix + "extras"]) if out["extras"].shape[1] else {})
+
+    def draw(self, env, out, everyone):
+        "Draw what all cars see, or only those that are over; their last picture becomes the final one."
+        p = self.pictures
+        if p: self.kernels[5](self.rows, everyone, out["over"], p.scene, p.road, p.view._replace(seed=env._seed), p.paint, p.sprites, p.scratch, out["image"], out["final_image"])
 
     def info(self, out):
         "As `RaceVectorEnv._info`."
@@ -564,6 +602,7 @@ class CudaCars:
         self.wanted.copy_to_device(env._wanted)
         out["over"].copy_to_device(np.zeros((3, env.num_envs), bool))
         self.restart(env, out, 2 if fresh else 1)
+        self.draw(env, out, True)
         return self.obs(out), self.info(out)
 
     def chosen(self, env, actions):
@@ -584,15 +623,18 @@ class CudaCars:
     def step(self, env, actions):
         chosen, out = self.chosen(env, actions), self.next_set()
         self.kernels[0](self.rows, self.T, self.L, self.P, *chosen, env.max_race_s * 1000, env.shaping, out["reward"], out["measured"], out["counted"], out["over"], out["floats"], out["extras"])
+        self.draw(env, out, True)
         self.restart(env, out, 0)
+        self.draw(env, out, False)
         terminated, truncated, ended = (out["over"][k] for k in range(3))
         info = self.info(out)
         info |= dict(final_obs=self.obs(out, "final_"), _final_obs=ended, final_info=info | {f"_{k}": ended for k in info}, _final_info=ended)
         return self.obs(out), out["reward"], terminated, truncated, info
 
-    def observe(self):
+    def observe(self, env):
         out = self.next_set()
         self.kernels[2](self.rows, self.T, self.L, out["floats"], out["extras"])
+        self.draw(env, out, True)
         return self.obs(out)
 
 # %% ../../nbs/world/30_env.ipynb #8b7a2751
