@@ -38,7 +38,7 @@ DECISION_S = 0.05
 
 def pursuit(P):
     "(s until a key has turned the car, m and s at which it looks ahead)"
-    return np.array([DECISION_S + P.yaw_lag / 3, 5.0, 0.28])
+    return np.array([DECISION_S + P.yaw_lag / 3, 5.0, 0.23])
 
 class Plans(NamedTuple):
     "Lines to follow, one after the other: `offset` (L + 1,) where each begins, `first` (styles, T) its first line of a track, `count` (T,) how many the track has."
@@ -118,7 +118,7 @@ def key_action(gas, brake, key):
 
 # %% ../../nbs/world/40_expert.ipynb #90ed884a
 NOT_LOST = -1
-LEEWAY = (0.7, 0.05)  # m off the line that change nothing, and the share of its speed that a car gives up for each more
+LEEWAY = (0.8, 0.05)  # m off the line that change nothing, and the share of its speed that a car gives up for each more
 
 @njit(**INLINE)
 def beside(row, L, i, lo, hi):
@@ -217,7 +217,7 @@ def act_row(row, L, style, track, P):
     drift = abs(off + 0.3 * aside)  # m off the line soon
     if drift > LEEWAY[0]: allowed *= max(0.6, 1.0 - LEEWAY[1] * (drift - LEEWAY[0]))
     if abs(angle) > 0.5: allowed = min(allowed, 15.0)
-    return key_action(v < allowed, v > allowed + 2.0 and vz > 0.0 and can_brake(P, row, key, yaw, vz, v), key)
+    return key_action(v < allowed + 1.0, v > allowed + 2.0 and vz > 0.0 and can_brake(P, row, key, yaw, vz, v), key)
 
 # %% ../../nbs/world/40_expert.ipynb #43d77803
 def styled_offsets(way, offset, style, P):
