@@ -3,10 +3,13 @@ import threading
 import numpy as np
 import pytest
 from tmlab.tracks.generate import FAMILIES, generate_track
-from tmlab.world.car import CAR, CONTACT
-from tmlab.world.env import FINISHED, RaceVectorEnv
-from tmlab.world.expert import (STYLES, Expert, best_line, drive_actions, laps, load_reference, lower_bound, make_way, offer_lap, planned_ways, reference_time, save_reference,
-                                search_lap, survey, ways)
+from tmlab.core.runs import read_json
+from tmlab.tracks.generate import VERSION as GENERATOR
+from tmlab.world.car import CAR, CONTACT, place_car
+from tmlab.world.env import FINISHED, WORLD_VERSION, RaceVectorEnv, place_on_line
+from tmlab.world.expert import (SEARCH_VERSION, STYLES, Expert, begin_rows, car_digest, drive_actions, drive_rows, laps, load_reference, lower_bound, offer_lap, packed, reference_time,
+                                save_reference, search_lap, survey, survey_summary)
+from tmlab.world.racing_line import best_line, make_way, planned_ways, ways
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,22 @@ def test_finishes_every_family(tracks):
 def test_recovers(tracks):
     _, end = laps(tracks, threads=1, random_start="disturbed", per_track=10, patience_s=15.0)
     assert (end == FINISHED).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind,seed,seconds", [("flat", 200008, 30), ("fast", 200000, 30), ("two-line", 100023, 15), ("technical", 510003, 25)])
+def test_what_threw_a_first_version_off_the_road(kind, seed, seconds):
+    "Brakes in a slide (two), full lock without slowing down, a crest in a corner."
+    assert np.isfinite(laps([generate_track(seed, kind, seconds)], threads=1)[0]).all()
+
+
+def test_a_gate_passed_beside_the_road_is_made_good():
+    track = generate_track(703, "flat", 12)
+    expert, (T, L) = Expert(track), packed([track])
+    rows = begin_rows(T, L, [0, 0])
+    for c, aside in zip(rows, (2.5, -3.0)):
+        place_car(c, T, 0, track.gates_s[1] - 2.0, aside + np.copysign(track.road.half_width[0], aside), 0.0, 12.0)
+        place_on_line(c, T, L)
+    assert (drive_rows(rows, T, L, expert, patience_ms=15_000) == FINISHED).all()
 
 
 def test_styles_put_the_apex_earlier_and_later(tracks):
@@ -78,6 +97,21 @@ def test_two_ways_round_an_island():
     middle = (one + two) / 2
     assert ((middle < face_l + 1) & (middle > face_r - 1)).any()
     assert best_line(best)[1] <= best_line(other)[1] + 0.02
+
+
+def test_each_island_is_decided_as_if_all_were_tried():
+    track = next(t for t in (generate_track(k, "two-line", 25) for k in range(700, 720)) if len(planned_ways(t)[0][0].s) and islands(t) == 2)
+    tried = [best_line(make_way(track, (), (a, b)), sweeps=4, hot=0.0)[1] for a in (True, False) for b in (True, False)]
+    assert best_line(ways(track)[0], sweeps=4, hot=0.0)[1] <= min(tried) + 0.05
+
+
+def islands(track): return int((np.diff(track.road.island.any(1).astype(int)) == 1).sum())
+
+
+def test_a_short_track_with_a_jump_is_driven_over_it():
+    tracks = [generate_track(200000 + k, "jump", 5) for k in range(4)]
+    seconds, _ = laps(tracks, threads=1)
+    assert (seconds < 6).all() and all(len(ways(t)) == 2 for t in tracks)
 
 
 def test_the_jump_is_shorter_and_a_slow_car_goes_round():
@@ -145,6 +179,29 @@ def test_a_survey_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(ValueError, match="one of"): survey("speed", path)
     path.write_text(path.read_text().replace(rows[0]["world"], "0-0-0"))
     with pytest.raises(ValueError, match="another world"): survey("finish", path, families=("flat",), n=1, quiet=True)
+
+
+def test_the_card_of_the_surveys_describes_this_world(repo):
+    card = read_json(repo / "data_cards" / "world_survey.json")
+    assert card["versions"] == dict(world=WORLD_VERSION, generator=GENERATOR, search=SEARCH_VERSION, car=car_digest(CAR)), "survey again: survey(), then survey_summary()"
+    names = [t.rsplit("-", 3) for t in card["laps_s"]]
+    seconds, _ = laps([generate_track(int(seed), kind, float(s.rstrip("s"))) for kind, seed, s, _ in names], threads=1)
+    assert np.abs(seconds - list(card["laps_s"].values())).max() < 0.1, "the expert drives differently from the one surveyed: survey again"
+
+
+def test_the_surveys_meet_the_announced_figures(repo):
+    card = read_json(repo / "data_cards" / "world_survey.json")
+    for f in FAMILIES: assert card["finish"][f]["rate"] >= 0.99 and card["disturbed"][f]["rate"] >= 0.95, f
+    assert card["gap"]["all"]["n"] >= 100 and card["gap"]["all"]["median"] <= 0.05 and card["slower"]["all"]["median"] <= 0.05 and card["reference_cpu_s"]["most"] <= 20
+
+
+def test_a_summary_of_two_worlds_is_refused(tmp_path):
+    rows = dict(finish="world,family,track,finished,seconds,disturbed,recovered\n1-1-1-a,flat,x,1,5.0,4,3\n", reference="world,family,track,gap,slower,cpu_s\n1-1-1-a,flat,x,0.02,0.03,9\n")
+    for name, text in rows.items(): (tmp_path / name).write_text(text)
+    report = survey_summary(tmp_path / "finish", tmp_path / "reference")
+    assert report["finish"]["flat"]["rate"] == 1 and report["disturbed"]["all"]["rate"] == 0.75 and report["gap"]["all"]["median"] == 0.02
+    (tmp_path / "reference").write_text(rows["reference"].replace("1-1-1-a", "1-1-2-a"))
+    with pytest.raises(ValueError, match="different worlds"): survey_summary(tmp_path / "finish", tmp_path / "reference")
 
 
 def test_make_way_needs_a_side_for_every_island():

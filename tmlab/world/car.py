@@ -7,13 +7,13 @@ __all__ = ['POS', 'VEL', 'ROT', 'ANG', 'TIME', 'STEER', 'GAS', 'BRAKE', 'SLIDING
            'GEARBOX', 'SHIFT_STEPS', 'RPM', 'FREE', 'PROGRESS', 'CHECKPOINT', 'TRACK', 'SEGMENT', 'S', 'LATERAL',
            'HEIGHT', 'STEERED', 'YAW', 'TURBO_MS', 'SHIFT_MS', 'OFF', 'CLEAR', 'DAMPER_V', 'N_CAR', 'TICK_MS', 'TICKS',
            'DT', 'WHEEL_X', 'WHEEL_Z', 'TURBO2', 'FREE_WHEELING', 'NOSE', 'TAIL', 'SIDE', 'MAX_MPS', 'MAX_KMH', 'DRIVE',
-           'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'INLINE', 'RARE', 'SLACK_M', 'GEAR_KMH', 'RPM_KMH',
-           'GEAR_MS', 'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3',
-           'between', 'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels',
-           'forward_change', 'lock_rate', 'turn', 'ground_forces', 'air_forces', 'through_air', 'inverse_root',
-           'set_axes', 'settle', 'ahead', 'follow', 'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island',
-           'island_near', 'is_solid', 'island_faces', 'face_hit', 'hit_island', 'land', 'wheels', 'elsewhere',
-           'collide', 'touch', 'lie', 'engine', 'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
+           'SIDE_GRIP', 'STEERING', 'ROLLING', 'AIR_DRAG', 'CAR', 'RARE', 'SLACK_M', 'GEAR_KMH', 'RPM_KMH', 'GEAR_MS',
+           'lookup_table', 'engine_table', 'surface_table', 'CarParams', 'load', 'axis', 'store', 'row3', 'between',
+           'dot', 'cross', 'plus', 'times', 'clip', 'at_speed', 'on_material', 'under_wheels', 'forward_change',
+           'lock_rate', 'turn', 'ground_forces', 'air_forces', 'through_air', 'inverse_root', 'set_axes', 'settle',
+           'ahead', 'follow', 'find', 'reach', 'bounce', 'pay', 'hit_wall', 'has_island', 'island_near', 'is_solid',
+           'island_faces', 'face_hit', 'hit_island', 'land', 'wheels', 'elsewhere', 'collide', 'touch', 'lie', 'engine',
+           'pressed', 'tick', 'place_car', 'drive_ticks', 'new_cars', 'car_states']
 
 # %% ../../nbs/world/10_car.ipynb #37a40c95
 import math
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 from ..core.state import make_state
-from ..replays.floats import COLUMN, N_COLUMNS, row_fields
+from ..replays.floats import COLUMN, INLINE, N_COLUMNS, row_fields
 from ..tracks.geometry import GRASS, ISLAND_HEIGHT, TURBO
 from ..tracks.track import nearest_anywhere
 
@@ -111,8 +111,6 @@ class CarParams(NamedTuple):
 CAR = CarParams()
 
 # %% ../../nbs/world/10_car.ipynb #fbcfe18d
-INLINE = dict(cache=True, nogil=True, error_model="numpy", forceinline=True, _nrt=False)  # no reference counts: with them a tick takes seven times as long
-
 @njit(**INLINE)
 def load(a, k): return a[k], a[k + 1], a[k + 2]
 @njit(**INLINE)
