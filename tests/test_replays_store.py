@@ -146,10 +146,10 @@ def test_every_broken_folder_is_named_once(tmp_path):
     assert "3 broken folders" in repr(store)
 
 def test_numbers_that_the_fast_parser_refuses_are_read(tmp_path):
-    "NaN is no JSON, but the public capture writes it into `meta`."
+    "NaN is no JSON, but Python writes it."
     folder = make(tmp_path / "t/r")
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"meta": null', '"meta": [{"time_ms": 7, "margin": NaN}]'))
+    path.write_text(path.read_text().replace('"meta": null', '"meta": [{"time_ms": 7, "of_their_own": NaN}]'))
     store = ReplayStore(tmp_path)
     assert len(store.frames) == 5 and len(store.replay("t", "r").labels_sha256()) == 64
 
