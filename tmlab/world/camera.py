@@ -319,9 +319,10 @@ def set_up(q, n, cam, height, width, e):
             nearest = min(min(p0[2], p1[2]), min(p2[2], p3[2]))
             x0, x1, x2, x3 = p0[0] / p0[2], p1[0] / p1[2], p2[0] / p2[2], p3[0] / p3[2]
             beside = (nearest >= near) & ((max(max(x0, x1), max(x2, x3)) < zero) | (min(min(x0, x1), min(x2, x3)) > columns))
-            top, bottom = upwards(max(min(min(t0, t1), min(t2, t3)), zero)), min(max(max(b0, b1), max(b2, b3)), last)
+            top, bottom = upwards(max(zero, min(min(t0, t1), min(t2, t3)))), min(last, max(max(b0, b1), max(b2, b3)))
             e[k + u64(TOP * MOST)], e[k + u64(BOTTOM * MOST)] = top, (f32(-1.0) if beside else bottom)
-            room, slope = (f32(1.0 / NEAR_M) if nearest < near else f32(1e9)) - i0, one / (i1 if i1 != zero else f32(1e-9))
+            level = f32(-1e-9) if i1 < zero else f32(1e-9)  # of a quad as far on the left as on the right: a smaller number has no inverse
+            room, slope = (f32(1.0 / NEAR_M) if nearest < near else f32(1e9)) - i0, one / (i1 if abs(i1) > f32(1e-20) else level)
             put_bound(e, k, 16, room * slope, -i2 * slope, i1 < zero)  # beyond this column the quad is nearer than the near plane
             grows = at(q, k, GROWTH)
             put(e, k, PAINTED, f32(UNDERSIDE) if (away > zero) & (paint < f32(UNDERSIDE)) else paint, at(q, k, HALF) - grows * at(q, k, MID_U), grows)
@@ -370,9 +371,10 @@ def find_spans(e, strips, begin, end, inner, spec, width, spans):
         row = top + f32(skip)
         for j in range(u64(SPAN_LANES)):
             f, m = row + f32(j), n + j
-            left = max(max(max(a0 + b0 * f, a1 + b1 * f), max(a2 + b2 * f, a3 + b3 * f)), max(a4 + b4 * f, zero))
-            right = max(min(min(min(c0 + d0 * f, c1 + d1 * f), min(c2 + d2 * f, c3 + d3 * f)), min(c4 + d4 * f, columns)), zero)
-            left = min(left, right)
+            left = max(max(max(a0 + b0 * f, a1 + b1 * f), max(a2 + b2 * f, a3 + b3 * f)), a4 + b4 * f)
+            right = min(min(min(c0 + d0 * f, c1 + d1 * f), min(c2 + d2 * f, c3 + d3 * f)), c4 + d4 * f)
+            right = max(zero, min(columns, right))  # whatever the bounds, numbers or not, no span leaves the picture: min and max return their first argument when the other is not a number
+            left = min(right, max(zero, left))
             inv, u, v = i0 + iy * f, u0 + uy * f, v0 + vy * f
             middle = f32(0.5) * (left + right)
             there, along = inv + ix * middle, u + ux * middle
