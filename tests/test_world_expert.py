@@ -192,7 +192,7 @@ def test_the_card_of_the_surveys_describes_this_world(repo):
 def test_the_surveys_meet_the_announced_figures(repo):
     card = read_json(repo / "data_cards" / "world_survey.json")
     for f in FAMILIES: assert card["finish"][f]["rate"] >= 0.99 and card["disturbed"][f]["rate"] >= 0.95, f
-    assert card["gap"]["all"]["n"] >= 100 and card["gap"]["all"]["median"] <= 0.05 and card["slower"]["all"]["median"] <= 0.05 and card["reference_cpu_s"]["most"] <= 20
+    assert card["gap"]["all"]["n"] >= 100 and card["gap"]["all"]["median"] <= 0.05 and card["slower"]["all"]["median"] <= 0.05 and card["reference_cpu_s"]["of_ten_nine"] <= 20
 
 
 def test_a_summary_of_two_worlds_is_refused(tmp_path):
