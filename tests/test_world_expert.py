@@ -186,13 +186,13 @@ def test_the_card_of_the_surveys_describes_this_world(repo):
     assert card["versions"] == dict(world=WORLD_VERSION, generator=GENERATOR, search=SEARCH_VERSION, car=car_digest(CAR)), "survey again: survey(), then survey_summary()"
     names = [t.rsplit("-", 3) for t in card["laps_s"]]
     seconds, _ = laps([generate_track(int(seed), kind, float(s.rstrip("s"))) for kind, seed, s, _ in names], threads=1)
-    assert np.abs(seconds - list(card["laps_s"].values())).max() < 0.1, "the expert drives differently from the one surveyed: survey again"
+    assert np.abs(seconds - list(card["laps_s"].values())).mean() < 0.01, "the expert drives differently from the one surveyed: survey again"
 
 
 def test_the_surveys_meet_the_announced_figures(repo):
     card = read_json(repo / "data_cards" / "world_survey.json")
     for f in FAMILIES: assert card["finish"][f]["rate"] >= 0.99 and card["disturbed"][f]["rate"] >= 0.95, f
-    assert card["gap"]["all"]["n"] >= 100 and card["gap"]["all"]["median"] <= 0.05 and card["slower"]["all"]["median"] <= 0.05 and card["reference_cpu_s"]["most"] <= 20
+    assert card["gap"]["all"]["n"] >= 100 and card["gap"]["all"]["median"] <= 0.05 and card["slower"]["all"]["median"] <= 0.05 and card["reference_cpu_s"]["of_ten_nine"] <= 20
 
 
 def test_a_summary_of_two_worlds_is_refused(tmp_path):

@@ -29,7 +29,7 @@ from ..tracks.track import Track, pack
 from .car import ANG, CAR, DT, HEIGHT, LATERAL, OFF, POS, ROT, S, SEGMENT, STEERED, TRACK, VEL, YAW, at_speed, lock_rate, place_car
 from .env import (BEST_MS, EPISODE, FINISH_MS, FINISHED, N_ROW, NO_PROGRESS, RUNNING, TIME, WORLD_VERSION, key_controls, line_arrays, place_on_line, random_mode,
                              restart_cars, step_cars, thread_count, uniform)
-from .racing_line import CAREFUL, PLAIN, STATION_M, best_line, car_digest, corridor, gained, hold_back, limit_tables, lower_bound, moving, new_line, planned_ways, run_line, speed_needed
+from .racing_line import CAREFUL, PLAIN, STATION_M, best_line, car_digest, corridor, gained, hold_all, limit_tables, lower_bound, moving, new_line, planned_ways, run_line, speed_needed
 
 # %% ../../nbs/world/40_expert.ipynb #bb4560df
 STYLES = dict(normal=0.0, early=-10.0, late=10.0, centre=None)  # m by which the offsets are shifted along the road; centre: no offsets
@@ -238,7 +238,7 @@ def plan_line(track, way, offset, pace, P):
     run_line(P, way, line, *limit_tables(P, CAREFUL["use"], CAREFUL["slew"], CAREFUL["grip"]), True)
     line.lim[:] *= pace
     gently = P._replace(brake=BRAKES * P.brake, brake_grip=0.6 * P.brake_grip)
-    for i in range(way.finish, -1, -1): line.held[i] = hold_back(gently, way, line, i)
+    hold_all(gently, way, line)
     end, steep = way.verge - 1.0, np.column_stack([-way.left[:, 1], way.left[:, 1]]) > STEEP
     return (line.p, line.held, speed_needed(way, line, P), line_metres(track, way), np.column_stack([way.high + end - line.offset, line.offset - way.low + end]),
             way.verge, steep * way.verge[:, None])
@@ -696,7 +696,7 @@ def survey_summary(finish, reference, out=None):
         a, b = (x if name == "all" else x[x["family"] == name] for x in (f, r))
         report["finish"][name], report["disturbed"][name] = rate_interval(a["finished"].sum(), len(a)), rate_interval(a["recovered"].sum(), a["disturbed"].sum())
         report["gap"][name], report["slower"][name] = quartiles(b["gap"]), quartiles(b["slower"])
-    report["reference_cpu_s"] = dict(median=round(r["cpu_s"].median(), 1), most=round(r["cpu_s"].max(), 1))
+    report["reference_cpu_s"] = dict(median=round(r["cpu_s"].median(), 1), of_ten_nine=round(r["cpu_s"].quantile(0.9), 1), most=round(r["cpu_s"].max(), 1))
     report["laps_s"] = dict(zip(f["track"][:12], f["seconds"][:12].round(3)))
     if out is not None: write_json(out, report)
     return report

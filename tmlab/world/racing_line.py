@@ -6,9 +6,9 @@
 __all__ = ['STATION_M', 'FLYING', 'V_MAX', 'PLAIN', 'K_STEP', 'K_MAX', 'LIGHT', 'HOT', 'FAR', 'CAREFUL', 'BOUND_MARGIN', 'LOOSE',
            'Way', 'spans', 'road_stations', 'line_at', 'jump_span', 'jump_stations', 'pieces', 'bends', 'moving',
            'bent', 'make_way', 'limit_tables', 'look_up', 'gained', 'braked', 'Line', 'new_line', 'shape', 'limit',
-           'hold_back', 'next_gear', 'drive_on', 'run_line', 'relax', 'smooth_offsets', 'corridor', 'push_bump',
-           'gain_of', 'copy_line', 'sweep_bumps', 'improve', 'best_line', 'take_off_speed', 'speed_needed', 'slower',
-           'window_seconds', 'ways', 'car_digest', 'planned_ways', 'lower_bound']
+           'hold_back', 'hold_all', 'next_gear', 'drive_on', 'run_line', 'relax', 'smooth_offsets', 'corridor',
+           'push_bump', 'gain_of', 'copy_change', 'sweep_bumps', 'improve', 'best_line', 'take_off_speed', 'slower',
+           'run_up', 'speed_needed', 'window_seconds', 'ways', 'car_digest', 'planned_ways', 'lower_bound']
 
 # %% ../../nbs/world/35_racing_line.ipynb #11c81fc2
 import hashlib, math
@@ -232,6 +232,11 @@ def hold_back(P, W, L, i):
     if i == W.finish: return L.lim[i]
     return min(L.lim[i], braked(P, L.held[i + 1], W.surface[i], abs(L.kappa[i]), L.step[i], L.rise[i]))
 
+@njit(**PLAIN)
+def hold_all(P, W, L):
+    "`hold_back` at every station up to the finish."
+    for i in range(W.finish, -1, -1): L.held[i] = hold_back(P, W, L, i)
+
 @njit(**INLINE)
 def next_gear(gear, shift, kmh):
     "(gear, s for which the engine rests) of a car at `kmh`, one shift at a time, as the car's `engine` does it."
@@ -257,7 +262,7 @@ def run_line(P, W, L, turn, change, crests):
     "Everything that follows from the offsets; the seconds from standstill to the finish."
     shape(W, L, 0, len(L.offset))
     limit(P, W, L, turn, change, crests, 0, len(L.offset))
-    for i in range(W.finish, -1, -1): L.held[i] = hold_back(P, W, L, i)
+    hold_all(P, W, L)
     L.v[W.start] = min(0.5, L.held[W.start])
     total = 0.0
     for i in range(W.start, W.finish): total += drive_on(P, W, L, i, not crests)
@@ -336,14 +341,12 @@ def gain_of(P, W, old, new, turn, change, crests, a, b, most):
     return gain, first, min(len(old.offset), max(i, y) + 2)
 
 @njit(**PLAIN)
-def copy_line(source, to, a, b):
-    "Stations `a` … `b` − 1 of one `Line` into another."
-    for i in range(a, b):
+def copy_change(source, to, a, b, first, last):
+    "From one `Line` to another what new offsets of stations `a` … `b` − 1 have changed: the shape around them, and the speeds of stations `first` … `last` − 1."
+    for i in range(max(0, a - 4), min(len(to.offset), b + 4)):
         for k in range(3): to.p[i, k] = source.p[i, k]
-        to.offset[i], to.step[i], to.rise[i], to.kappa[i] = source.offset[i], source.step[i], source.rise[i], source.kappa[i]
-        to.dip[i] = source.dip[i]
-        to.lim[i], to.held[i], to.v[i], to.boost[i] = source.lim[i], source.held[i], source.v[i], source.boost[i]
-        to.gear[i], to.shift[i] = source.gear[i], source.shift[i]
+        to.offset[i], to.step[i], to.rise[i], to.kappa[i], to.dip[i], to.lim[i] = source.offset[i], source.step[i], source.rise[i], source.kappa[i], source.dip[i], source.lim[i]
+    for i in range(first, last): to.held[i], to.v[i], to.boost[i], to.gear[i], to.shift[i] = source.held[i], source.v[i], source.boost[i], source.gear[i], source.shift[i]
 
 @njit(**PLAIN)
 def sweep_bumps(P, W, line, new, low, high, turn, change, crests, half, shift, size, heat):
@@ -355,10 +358,10 @@ def sweep_bumps(P, W, line, new, low, high, turn, change, crests, half, shift, s
             if push_bump(line, new, low, high, c, half, sign * size[c], a, b):
                 gain, x, y = gain_of(P, W, line, new, turn, change, crests, a, b, 7.0 * heat)
                 if gain > 1e-7 or heat > 0.0 and gain > heat * math.log(max(1e-9, uniform(half, shift, c, int(sign) + 1))):
-                    copy_line(new, line, x, y)
+                    copy_change(new, line, a, b, x, y)
                     size[c] = min(2.0, 1.5 * size[c])
                     break
-                copy_line(line, new, x, y)
+                copy_change(line, new, a, b, x, y)
             sign = -sign
         else: size[c] = max(0.005, 0.6 * size[c])
 
@@ -366,7 +369,7 @@ def sweep_bumps(P, W, line, new, low, high, turn, change, crests, half, shift, s
 def improve(P, W, line, new, low, high, turn, change, crests, sweeps, widest, narrowest, hot):
     "Lower the lap time of `line` within `low` … `high` until a sweep gains less than 1 in 50,000; the seconds. `new`: a second `Line` to work in."
     now = run_line(P, W, line, turn, change, crests)
-    copy_line(line, new, 0, len(line.offset))
+    copy_change(line, new, 0, len(line.offset), 0, len(line.offset))
     size = np.full((7, len(line.offset)), 0.5)
     for sweep in range(sweeps):
         before, heat = now, hot * max(0.0, 1.0 - sweep / (0.6 * sweeps))
@@ -374,7 +377,7 @@ def improve(P, W, line, new, low, high, turn, change, crests, sweeps, widest, na
             if not narrowest <= 64 >> level <= widest: continue
             sweep_bumps(P, W, line, new, low, high, turn, change, crests, 64 >> level, 7 * sweep, size[level], heat)
             now = run_line(P, W, line, turn, change, crests)
-            copy_line(line, new, 0, len(line.offset))
+            copy_change(line, new, 0, len(line.offset), 0, len(line.offset))
         if heat == 0.0 and before - now < 2e-5 * now: break
     return now
 
@@ -393,23 +396,30 @@ def take_off_speed(way, a, b, P):
     fall = far * slope - d[1]
     return math.sqrt(0.5 * P.gravity * far ** 2 * (1 + slope ** 2) / fall) if fall > 0 else math.inf
 
-def speed_needed(way, line, P):
-    "(M,) m/s below which a car at full gas comes too slowly to the next take-off; 0 where none comes. `line` has been run: it says where a turbo works."
-    need, boost = np.zeros(len(way.s)), (way.surface == TURBO) | (way.surface == TURBO2) | (line.boost > 0)
-    for a, b in spans(way.surface == FLYING):
-        need[a - 1] = 1.05 * take_off_speed(way, a - 1, min(b + 1, len(way.s) - 1), P)
-        for i in range(a - 2, way.start - 1, -1):
-            need[i] = slower(P, need[i + 1], way.surface[i], abs(line.kappa[i]), line.step[i], line.rise[i], P.turbo if boost[i] else 1.0)
-            if need[i] <= 0.5: break
-    return need
-
+@njit(**INLINE)
 def slower(P, v, m, k, step, rise, power):
     "The lowest speed from which a step at full gas leads to `v`; 0 where any does."
     low, high = 0.0, v + 1.0
     for _ in range(16):
         u = (low + high) / 2
-        low, high = (low, u) if gained(P, max(0.5, u), m, k, step, rise, power, False) >= v else (u, high)
+        if gained(P, max(0.5, u), m, k, step, rise, power, False) >= v: high = u
+        else: low = u
     return high if high > 0.6 else 0.0
+
+@njit(**PLAIN)
+def run_up(P, W, L, boost, need, a):
+    "Fill `need` before station `a`, where it is known, as far back as it is not 0."
+    for i in range(a - 1, W.start - 1, -1):
+        need[i] = slower(P, need[i + 1], W.surface[i], abs(L.kappa[i]), L.step[i], L.rise[i], P.turbo if boost[i] else 1.0)
+        if need[i] <= 0.5: break
+
+def speed_needed(way, line, P):
+    "(M,) m/s below which a car at full gas comes too slowly to the next take-off; 0 where none comes. `line` has been run: it says where a turbo works."
+    need, boost = np.zeros(len(way.s)), (way.surface == TURBO) | (way.surface == TURBO2) | (line.boost > 0)
+    for a, b in spans(way.surface == FLYING):
+        need[a - 1] = 1.05 * take_off_speed(way, a - 1, min(b + 1, len(way.s) - 1), P)
+        run_up(P, way, line, boost, need, a - 1)
+    return need
 
 def window_seconds(way, line, marks):
     "(k,) seconds of a line that has been run between `marks` (k + 1,) m of the road."
