@@ -5,6 +5,7 @@ from tmlab.tracks.generate import FAMILIES, generate_track
 from tmlab.tracks.geometry import CAR, GROUND, SKY, WALL, build_road, gate_mesh, road_mesh
 from tmlab.tracks.line import ReferenceLine
 from tmlab.tracks.track import Track, pack
+from tmlab.world import camera
 from tmlab.world.camera import CHASE, HOOD, NEAR_M, RANGE_M, TAN_X, TAN_Y, render, render_classes, scene_of
 
 VIEWS = 200
@@ -182,3 +183,22 @@ def test_bad_arguments_are_refused(tracks):
     for change in [dict(view="side"), dict(track_index=99), dict(track_index=-1), dict(position=position * np.nan), dict(out=np.empty((1, 64, 64))),
                    dict(rotation=np.stack([rotation] * 2)), dict(distractors=4), dict(distractors=1), dict(image_size=(0, 64)), dict(image_size=(64, 2000))]:
         with pytest.raises(ValueError): render(**(dict(tracks=packed, track_index=0, position=position, rotation=rotation) | change))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_no_quad_is_drawn_outside_the_picture(flat):
+    "Quads seen edge on, of no size, at no distance: what they write stays within the arrays, whatever the numbers on the way."
+    height, width, spare, rng, f32 = 64, 48, 512, np.random.default_rng(0), np.float32
+    sizes = [camera.MOST * (height // camera.SPAN_LANES + 2), camera.N_SPAN * camera.STRIDE, (camera.MOST_SPANS + camera.LANES) * (width // camera.LANES + 2) + 4, height * width + camera.LANES]
+    cam, e, q = np.zeros(camera.N_CAM, f32), np.zeros(camera.N_SET * camera.MOST, f32), np.zeros((camera.FIELDS, camera.MOST), f32)
+    camera.set_axes(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, cam)
+    camera.look(cam, height, width)
+    spec, values = camera.make_spec(False), f32([-3000, -100, -5, -1, -0.4, -1e-20, -1e-38, -1e-42, 0, 0, 1e-42, 1e-38, 1e-20, 0.4, 1, 5, 100, 3000])
+    for trial in range(300):
+        q[:12] = rng.choice(values, (12, camera.MOST)) + rng.choice(f32([0, 0, 1e-3, 3]), (12, camera.MOST)) * rng.normal(size=(12, camera.MOST)).astype(f32)
+        q[:12, :16] = q[:12, 16:32] * f32([0, 1e-20, 1, 3])[rng.integers(4)]  # also flat ones and points
+        q[2:12:3] = np.where(rng.random((4, camera.MOST)) < .5, np.abs(q[2:12:3]), q[2:12:3])
+        q[camera.MID_U], q[camera.HALF], q[camera.GROWTH], q[camera.PAINT] = rng.uniform(0, 4000, camera.MOST), 8, 0, rng.integers(0, camera.CAR_PAINT if not flat else camera.PAINTS, camera.MOST)
+        strips, spans, blocks, pixels = (np.full(n + spare, 77, dtype) for n, dtype in zip(sizes, (np.int32, f32, np.int32, np.int32)))
+        camera.fill(q.ravel(), camera.MOST, cam, height, width, f32(0.9), spec, camera.TEXTURES, flat, e, strips, spans, blocks, pixels)
+        for n, x in zip(sizes, (strips, spans, blocks, pixels)): assert (x[n:] == 77).all(), trial
