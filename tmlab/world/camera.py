@@ -455,7 +455,7 @@ def shade_flat(spans, blocks, n, textures, pixels):
     for b in range(n):
         k, skip = u64(blocks[b] >> 6), f32(LANES * (blocks[b] & 63))
         p, start, room, inv0, ix = u64(i32(of(spans, k, 12) + skip)), of(spans, k, 13) + skip, of(spans, k, 14) - skip, of(spans, k, 0), of(spans, k, 1)
-        gray = texel(textures, i32(of(spans, k, 10) + of(spans, k, 4) / inv0))
+        gray = texel(textures, i32(of(spans, k, 10) + max(f32(-(COLUMNS // 2)), min(f32(COLUMNS // 2 - 1), of(spans, k, 4) / inv0))))
         for j in range(u64(LANES)):
             new, was = pixel(inv0 + ix * (start + f32(j)), gray), pixels[p + j]
             new = new if f32(j) < room else i32(0)
