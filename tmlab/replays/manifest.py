@@ -340,6 +340,8 @@ def load_manifest(folder):
 
 def read_object(path):
     "Parsed JSON; ValueError naming the file whatever is wrong with it."
+    try: return orjson.loads(read_bytes(path))
+    except ValueError: pass  # NaN, numbers beyond 64 bits, a damaged file: the standard parser takes them, or says what is wrong
     try: return read_json(path)
     except OSError as e: raise ValueError(f"{path}: cannot be read: {e.strerror}") from None
     except RecursionError: raise ValueError(f"{path}: not valid JSON: nested too deeply") from None

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INTERPOLATIONS', 'REDUCED', 'WHEELS', 'COMPONENTS', 'RENAMED', 'STATE_COLUMNS', 'STATE_DTYPES', 'QUANTILES', 'FAMILY',
            'REPLAY_COLUMNS', 'FRAME_COLUMNS', 'NOT_NUMBERS', 'as_size', 'resize', 'jpeg_size', 'decode_at', 'Replay',
-           'load_labels', 'frame_columns', 'frame_states', 'state_columns', 'RunningStats', 'ImageStats', 'subfolders',
-           'track_family', 'ReplayStore', 'broken_folders', 'gc_paused', 'combine_hashes', 'replay_row', 'replay_table',
-           'known_values', 'frame_table', 'join_columns']
+           'frame_columns', 'frame_states', 'state_columns', 'RunningStats', 'ImageStats', 'subfolders', 'track_family',
+           'ReplayStore', 'broken_folders', 'gc_paused', 'combine_hashes', 'replay_row', 'replay_table', 'known_values',
+           'frame_table', 'join_columns']
 
 # %% ../../nbs/replays/50_store.ipynb #a680adfa
 import gc, hashlib, itertools, json, os, re
@@ -17,12 +17,11 @@ from functools import cached_property
 from pathlib import Path
 import cv2
 import numpy as np
-import orjson
 import pandas as pd
 from ..core.runs import progress
 from ..core.state import DTYPES, SHAPES
 from .actions import KEYS, nearest_action
-from .manifest import (FORMAT_VERSION, decode_jpeg, entry_problems, frames_sha256, hash_frame, load_manifest, meta_states, read_bytes,
+from .manifest import (decode_jpeg, entry_problems, frames_sha256, hash_frame, load_manifest, meta_states, metadata_problems, read_bytes,
                                     read_manifest, read_metadata, states_from_json)
 
 # %% ../../nbs/replays/50_store.ipynb #35cb0b5f
@@ -76,7 +75,7 @@ class Replay:
     def files(self):
         "Names of the frames in order."
         if "manifest" in self.__dict__: return self.manifest.files
-        rows, _ = load_labels(self.folder)
+        rows, _ = load_manifest(self.folder)
         try: return [r["file"] for r in rows]
         except (TypeError, KeyError): return self.manifest.files  # raises the ValueError that names the entry
 
@@ -110,12 +109,12 @@ class Replay:
 
     def columns(self):
         "Labels of every frame as `{column: list or array (T,)}`, without `meta` and without keeping the manifest; ValueError as `read_manifest`."
-        rows, data = load_labels(self.folder)
+        rows, data = load_manifest(self.folder)
         return frame_columns(self.folder, rows, data.get("meta"))
 
     def labels_sha256(self):
         "SHA-256 (hex) over everything in the manifest but wall-clock stamps."
-        rows, data = load_labels(self.folder)
+        rows, data = load_manifest(self.folder)
         rows = [{k: v for k, v in r.items() if k != "capture_timestamp_utc"} for r in rows]
         return hashlib.sha256(json.dumps([rows, data.get("actions"), data.get("meta")], sort_keys=True).encode()).hexdigest()
 
@@ -126,13 +125,6 @@ RENAMED = dict(gas="gas_pedal", brake="brake_pedal")  # 0…1; `brake` is the ke
 STATE_COLUMNS = {k: [RENAMED.get(k, k) + c for c in COMPONENTS[shape]] for k, shape in SHAPES.items() if k != "time_ms"}  # field of a CarState: its columns
 STATE_DTYPES = {c: np.dtype(DTYPES.get(k, float)).kind for k, columns in STATE_COLUMNS.items() for c in columns}  # column: b, i or f
 _ACTION = {keys: int(nearest_action(keys)) for keys in itertools.product((False, True), repeat=len(KEYS))}
-
-def load_labels(folder):
-    "`load_manifest` by a faster parser; whatever that one cannot take (NaN, a bare list, a damaged file) goes to `load_manifest`."
-    try: data = orjson.loads(read_bytes(os.path.join(folder, "manifest.json")))
-    except (ValueError, orjson.JSONDecodeError): return load_manifest(folder)
-    ours = isinstance(data, dict) and "entries" in data and data.get("format_version", 0) in (0, FORMAT_VERSION)
-    return (data["entries"], data) if ours else load_manifest(folder)
 
 def frame_columns(folder, rows, meta=None):
     "Entries of a manifest as columns (lists or arrays (T,), None where an entry lacks a value); ValueError naming the file."
@@ -267,7 +259,7 @@ class ReplayStore:
     def _add(self, folder):
         if not os.path.isfile(f"{folder}/manifest.json"): raise ValueError(f"{folder}: no manifest.json, so no replay")
         replay = Replay(folder)
-        if not replay.metadata: replay.metadata = read_metadata(folder, "format_version" in load_labels(folder)[1])
+        if not replay.metadata: replay.metadata = read_metadata(folder, "format_version" in load_manifest(folder)[1])
         row = replay_row(replay)
         self._all[replay.track_id, replay.name] = replay
         return row | dict(episode_index=len(self._all) - 1)
@@ -363,11 +355,7 @@ def replay_row(replay):
                race_time_ms=m.get("race_time_ms"), finished=m.get("race_finished"), frame_source=m.get("frame_source"),
                source=m.get("source"), player=m.get("player"), width=m.get("width"), height=m.get("height"),
                interval_ms=m.get("capture_interval_ms"), format_version=m.get("format_version"), folder=str(replay.folder))
-    kinds = dict(n_frames=int, race_time_ms=(int, float), finished=bool, width=int, height=int, interval_ms=(int, float))
-    for k, kind in kinds.items():
-        wrong_bool = isinstance(row[k], bool) and kind is not bool
-        if row[k] is not None and (wrong_bool or not isinstance(row[k], kind)):
-            raise ValueError(f"{replay.folder / 'metadata.json'}: {k} is {row[k]!r}")
+    for problem in metadata_problems(m, n): raise ValueError(f"{replay.folder / 'metadata.json'}: {problem}")
     if row["race_time_ms"] is not None: row["race_time_ms"] = round(row["race_time_ms"])
     return row
 
