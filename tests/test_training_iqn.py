@@ -8,12 +8,15 @@ from tmlab.core.runs import read_json
 from tmlab.evidence.events import read_events
 from tmlab.evidence.kpi import compare, load_runs
 from tmlab.training.buffer import ReplayBuffer, draw_starts, ends, sample, window_length
-from tmlab.training.iqn import LINESIGHT, RunLog, TrainConfig, evaluate, read_checkpoint, resolve_precision, train_iqn
+from tmlab.training.iqn import RunLog, read_checkpoint, train_iqn
+from tmlab.training.iqn_config import LINESIGHT, TrainConfig
+from tmlab.training.learner import mask_inputs, quantile_values, resolve_precision
+from tmlab.training.rollout import evaluate
 from tmlab.training.weights import export_linesight, load_linesight
 
 TINY = dict(tracks=["flat:1:5"], iqn_embedding_dimension=8, num_envs=8, batch_size=32, total_decisions=1600, start_learning=200, buffer_size=1000, eval_every=800,
             eval_episodes=2, eval_quantiles=2, log_every=80, save_every=160, schedule_speed=500, precision="fp32", threads=1)
-CHILD = "import sys; from tmlab.training.iqn import *; train_iqn(TrainConfig(output_dir=sys.argv[1], run_name='r', **eval(sys.argv[2])))"
+CHILD = "import sys; from tmlab.training.iqn import TrainConfig, train_iqn; train_iqn(TrainConfig(output_dir=sys.argv[1], run_name='r', **eval(sys.argv[2])))"
 
 def logged(folder):
     "The record without measured times."
@@ -82,7 +85,6 @@ def test_starts_from_weights_exactly_or_not_at_all(whole, tmp_path):
 
 @pytest.mark.parametrize("inputs", ["pixels", "floats"])
 def test_unseen_inputs_do_not_matter(inputs):
-    from tmlab.training.iqn import mask_inputs, quantile_values
     from tmlab.models.iqn import IQN, draw_tau
     torch.manual_seed(0)
     net, tau, g = IQN(iqn_embedding_dimension=8), draw_tau(3, 4), torch.Generator().manual_seed(0)

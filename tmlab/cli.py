@@ -184,7 +184,8 @@ def inject(argv):
 @command
 def train(argv):
     "Train an IQN agent in the world."
-    from tmlab.training.iqn import TrainConfig, train_iqn
+    from tmlab.training.iqn import train_iqn
+    from tmlab.training.iqn_config import TrainConfig
     run = train_iqn(configured(TrainConfig, argv, "train"))
     print(run.dir)
 
@@ -198,7 +199,7 @@ def evaluate(argv):
     p.add_argument("--seed", type=int, default=1_000_003, help="of the episodes; training seeds are small, so that no episode is one that was trained on")
     p.add_argument("--inputs", default="all", choices=["all", "pixels", "floats"], help="what the agent was trained to see")
     a = p.parse_args(argv)
-    from tmlab.training.iqn import evaluate, summary
+    from tmlab.training.rollout import evaluate, summary
     episodes = evaluate(a.weights, a.tracks, episodes=a.episodes, seed=a.seed, inputs=a.inputs)
     print(episodes.to_string(index=False))
     for track, e in episodes.groupby("track"): print(track, summary(e))

@@ -58,7 +58,8 @@ def inject_encoder(root, scale):
 def train_agent(name):
     "The stage that trains arm `name`: A_scratch, or B1_ae which starts from the injected pair. Nothing else differs."
     def stage(root, scale):
-        from tmlab.training.iqn import TrainConfig, train_iqn
+        from tmlab.training.iqn import train_iqn
+        from tmlab.training.iqn_config import TrainConfig
         kind, seed, seconds = scale.race
         init = str(root / "output/pretrain/vis/ae") if name == "B1_ae" else None
         with train_iqn(TrainConfig(tracks=[f"{kind}:{seed}:{seconds}"], output_dir=str(root / "output/train"), run_name=name, seed=0, init_dir=init,
