@@ -100,6 +100,7 @@ def as_ghost(lap):
     raw["forward_speed"], raw["side_speed"] = np.rint((car[:, 2] + 1000) * 65535 / 11000), np.rint((car[:, 0] + 1000) * 65535 / 2000)
     raw["rpm"] = np.rint(s.rpm * 65535 / 30000)
     raw["wheels"][..., 0], raw["wheels"][..., 1] = np.rint((s.wheel_damper + 2) * 255 / 4), s.wheel_material
+    raw["engine"] = s.gearbox_state
     raw["flags"] = ((s.wheel_contact * 2 + s.wheel_sliding) << np.array([6, 8, 10, 12])).sum(1)
     keys = ACTIONS[lap.actions]
     changed = np.argwhere(np.diff(np.concatenate([np.zeros((1, 4), bool), keys]).astype(int), axis=0))
@@ -114,8 +115,8 @@ def laps():
 
 
 SMOOTH = ("wheel_damper", "rpm", "angular_velocity", "velocity", "up", "road_ahead", "metres_to_finish")
-HELD = ("wheel_sliding", "wheel_contact", "wheel_material")
-UNKNOWN = ("gearbox_state", "gear", "shift_steps", "freewheeling")
+HELD = ("wheel_sliding", "wheel_contact", "wheel_material", "gearbox_state")
+UNKNOWN = ("gear", "shift_steps", "freewheeling")
 
 
 def test_floats_of_a_ghost_against_the_world(laps):

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from ..core.runs import atomic_path, differing, progress, read_json, version, write_json
 from .actions import KEYS
 from .card import write_card
-from .manifest import decode_jpeg, hash_frame, read_bytes
+from .manifest import decode_jpeg, hashed, read_bytes
 from .split import split_tracks
 from .store import STATE_COLUMNS, STATE_DTYPES, ImageStats, ReplayStore, RunningStats, combine_hashes, gc_paused
 
@@ -87,7 +87,7 @@ def read_episode(replay):
     for name in columns["file"]:
         path = os.path.join(replay.folder, name)
         jpegs.append(read_bytes(path))
-        hash_frame(digest, name, jpegs[-1])
+        digest.update(hashed(name, jpegs[-1]))
         frame = np.atleast_3d(decode_jpeg(jpegs[-1], path, cv2.IMREAD_UNCHANGED))[:, :, ::-1]  # OpenCV decodes to BGR
         if shape is None: shape, pixels = frame.shape, ImageStats(frame.shape[2])
         if frame.shape != shape: raise ValueError(f"{path}: {frame.shape}, the frames before it are {shape} (height, width, channels)")

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['META_SHAPES', 'FORMAT_VERSION', 'FRAME_SOURCES', 'PIECE', 'FRAME_NAME', 'is_int', 'META_NUMBERS', 'CLOCK_SHIFT_MS',
            'STANDING_MS', 'FITS_BETTER', 'WORTH_TELLING', 'UNITS', 'METADATA_KINDS', 'encode_jpeg', 'read_bytes',
-           'decode_jpeg', 'frames_sha256', 'hash_frame', 'frame_name', 'states_to_json', 'states_from_json',
-           'meta_entries', 'meta_states', 'write_replay', 'write_list', 'pieces', 'write_frames', 'write_bytes',
-           'entry_columns', 'entry_rows', 'full_metadata', 'entry_problems', 'row_problems', 'Manifest',
-           'load_manifest', 'read_object', 'read_metadata', 'manifest_problems', 'numbers', 'meta_problems',
-           'read_manifest', 'entry_table', 'is_rulka', 'stored_actions', 'stored_timeline', 'clock_left_in',
-           'with_actions', 'actions_at', 'correct_labels', 'measured_lag', 'relabelled', 'length', 'angle_deg',
-           'wrong_frames', 'frame_text', 'correct_meta', 'correct_capture', 'names_in', 'check_replay',
-           'metadata_problems', 'state_problems', 'action_problems', 'time_problems', 'frame_problems',
-           'replay_folders', 'check_root', 'notes_of']
+           'decode_jpeg', 'frames_sha256', 'hashed', 'frame_name', 'states_to_json', 'states_from_json', 'meta_entries',
+           'meta_states', 'write_replay', 'write_list', 'pieces', 'write_frames', 'write_bytes', 'entry_columns',
+           'entry_rows', 'full_metadata', 'entry_problems', 'row_problems', 'Manifest', 'load_manifest', 'read_object',
+           'read_metadata', 'manifest_problems', 'numbers', 'meta_problems', 'read_manifest', 'entry_table', 'is_rulka',
+           'stored_actions', 'stored_timeline', 'clock_left_in', 'with_actions', 'actions_at', 'correct_labels',
+           'measured_lag', 'relabelled', 'length', 'angle_deg', 'wrong_frames', 'frame_text', 'correct_meta',
+           'correct_capture', 'names_in', 'check_replay', 'metadata_problems', 'state_problems', 'action_problems',
+           'time_problems', 'frame_problems', 'replay_folders', 'check_root', 'notes_of']
 
 # %% ../../nbs/replays/40_manifest.ipynb #abac29e9
 import hashlib, json, os, re
@@ -39,7 +38,7 @@ def encode_jpeg(frame):
 def read_bytes(path):
     "The file's bytes; ValueError naming it when it cannot be read."
     try:
-        with open(path, "rb") as f: return f.read()
+        with open(path, "rb", buffering=0) as f: return f.read()
     except OSError as e: raise ValueError(f"{path}: cannot be read: {e.strerror}") from None
 
 def decode_jpeg(data, path="frame", flags=cv2.IMREAD_GRAYSCALE):
@@ -54,13 +53,12 @@ def decode_jpeg(data, path="frame", flags=cv2.IMREAD_GRAYSCALE):
 def frames_sha256(folder, files):
     "SHA-256 (hex) over the names and bytes of `files` (names, in manifest order) in `folder`."
     h = hashlib.sha256()
-    for name in files: hash_frame(h, name, read_bytes(os.path.join(folder, name)))
+    for name in files: h.update(hashed(name, read_bytes(os.path.join(folder, name))))
     return h.hexdigest()
 
-def hash_frame(h, name, data):
-    "Add one frame, its name and JPEG bytes, to the running hash `h`."
-    h.update(f"{name}\0{len(data)}\0".encode())
-    h.update(data)
+def hashed(name, data):
+    "What goes into the hash of a replay's frames for one of them, its name and JPEG bytes."
+    return f"{name}\0{len(data)}\0".encode() + data
 
 def frame_name(step, time_ms):
     "File name of frame `step` at race time `time_ms`."
@@ -172,7 +170,7 @@ def write_frames(folder, tmp, manifest, numbered, columns, entries):
         for row, frame in zip(rows, frames):
             data = encode_jpeg(frame)
             write_bytes(f"{tmp}/{row['file']}", data)
-            hash_frame(digest, row["file"], data)
+            digest.update(hashed(row["file"], data))
         write_list(manifest, rows, begun, end=False)
         begun = True
     manifest.write(b"\n]")
@@ -340,6 +338,8 @@ def load_manifest(folder):
 
 def read_object(path):
     "Parsed JSON; ValueError naming the file whatever is wrong with it."
+    try: return orjson.loads(read_bytes(path))
+    except ValueError: pass  # NaN, numbers beyond 64 bits, a damaged file: the standard parser takes them, or says what is wrong
     try: return read_json(path)
     except OSError as e: raise ValueError(f"{path}: cannot be read: {e.strerror}") from None
     except RecursionError: raise ValueError(f"{path}: not valid JSON: nested too deeply") from None
@@ -637,7 +637,7 @@ def frame_problems(folder, files, metadata, decode=True):
             data = read_bytes(path)
             shape = decode_jpeg(data, path).shape
         except ValueError as e: out.append(str(e)); continue
-        hash_frame(digest, name, data)
+        digest.update(hashed(name, data))
         size = size or shape
         if shape != size: out.append(f"{path}: {shape[1]}x{shape[0]}, expected {size[1]}x{size[0]}")
     if decode and not out and metadata.get("frames_sha256") not in (None, digest.hexdigest()):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INTERPOLATIONS', 'REDUCED', 'WHEELS', 'COMPONENTS', 'RENAMED', 'STATE_COLUMNS', 'STATE_DTYPES', 'QUANTILES', 'FAMILY',
            'REPLAY_COLUMNS', 'FRAME_COLUMNS', 'NOT_NUMBERS', 'as_size', 'resize', 'jpeg_size', 'decode_at', 'Replay',
-           'load_labels', 'frame_columns', 'frame_states', 'state_columns', 'RunningStats', 'ImageStats', 'subfolders',
-           'track_family', 'ReplayStore', 'broken_folders', 'gc_paused', 'combine_hashes', 'replay_row', 'replay_table',
-           'known_values', 'frame_table', 'join_columns']
+           'frame_columns', 'frame_states', 'state_columns', 'RunningStats', 'ImageStats', 'subfolders', 'track_family',
+           'ReplayStore', 'broken_folders', 'gc_paused', 'combine_hashes', 'replay_row', 'replay_table', 'known_values',
+           'frame_table', 'join_columns']
 
 # %% ../../nbs/replays/50_store.ipynb #a680adfa
 import gc, hashlib, itertools, json, os, re
@@ -17,12 +17,11 @@ from functools import cached_property
 from pathlib import Path
 import cv2
 import numpy as np
-import orjson
 import pandas as pd
 from ..core.runs import progress
 from ..core.state import DTYPES, SHAPES
 from .actions import KEYS, nearest_action
-from .manifest import (FORMAT_VERSION, decode_jpeg, entry_problems, frames_sha256, hash_frame, load_manifest, meta_states, read_bytes,
+from .manifest import (decode_jpeg, entry_problems, frames_sha256, hashed, load_manifest, meta_states, metadata_problems, read_bytes,
                                     read_manifest, read_metadata, states_from_json)
 
 # %% ../../nbs/replays/50_store.ipynb #35cb0b5f
@@ -56,8 +55,8 @@ def decode_at(data, path, size=None, interpolation="area"):
     "Frame (H, W) uint8 from JPEG bytes, at `size` if given; ValueError naming `path` when they are no whole JPEG."
     if size is None: return decode_jpeg(data, path)
     (h, w), has = as_size(size), jpeg_size(data)
-    flags = next((flag for k, flag in REDUCED.items() if has == (k * h, k * w) and interpolation == "area"), cv2.IMREAD_GRAYSCALE)
-    return resize(decode_jpeg(data, path, flags), size, interpolation)
+    k = has[0] // h if has and interpolation == "area" else 0
+    return resize(decode_jpeg(data, path, REDUCED.get(k, cv2.IMREAD_GRAYSCALE) if has == (k * h, k * w) else cv2.IMREAD_GRAYSCALE), (h, w), interpolation)
 
 # %% ../../nbs/replays/50_store.ipynb #5f018101
 class Replay:
@@ -76,7 +75,7 @@ class Replay:
     def files(self):
         "Names of the frames in order."
         if "manifest" in self.__dict__: return self.manifest.files
-        rows, _ = load_labels(self.folder)
+        rows, _ = load_manifest(self.folder)
         try: return [r["file"] for r in rows]
         except (TypeError, KeyError): return self.manifest.files  # raises the ValueError that names the entry
 
@@ -94,14 +93,16 @@ class Replay:
 
     def load(self, size=None, interpolation="area"):
         "All frames (T, H, W) uint8 and the SHA-256 of their files (as `frames_sha256`), reading each file once."
-        out, digest = [], hashlib.sha256()
-        for name in self.files:
-            path = os.path.join(self.folder, name)
-            data = read_bytes(path)
-            hash_frame(digest, name, data)
-            out.append(decode_at(data, path, size, interpolation))
-            (h, w), (h0, w0) = out[-1].shape, out[0].shape
-            if (h, w) != (h0, w0): raise ValueError(f"{path}: {w}x{h}, the frames before it are {w0}x{h0}")
+        out, digest, folder = [], hashlib.sha256(), str(self.folder)
+        for k in range(0, len(self), 8):  # several at a time: threads get into each other's way less often
+            names = self.files[k:k + 8]
+            paths = [f"{folder}{os.sep}{name}" for name in names]
+            data = [read_bytes(path) for path in paths]
+            digest.update(b"".join(map(hashed, names, data)))
+            for path, jpeg in zip(paths, data):
+                out.append(decode_at(jpeg, path, size, interpolation))
+                (h, w), (h0, w0) = out[-1].shape, out[0].shape
+                if (h, w) != (h0, w0): raise ValueError(f"{path}: {w}x{h}, the frames before it are {w0}x{h0}")
         return np.stack(out), digest.hexdigest()
 
     def frames_sha256(self):
@@ -110,12 +111,12 @@ class Replay:
 
     def columns(self):
         "Labels of every frame as `{column: list or array (T,)}`, without `meta` and without keeping the manifest; ValueError as `read_manifest`."
-        rows, data = load_labels(self.folder)
+        rows, data = load_manifest(self.folder)
         return frame_columns(self.folder, rows, data.get("meta"))
 
     def labels_sha256(self):
         "SHA-256 (hex) over everything in the manifest but wall-clock stamps."
-        rows, data = load_labels(self.folder)
+        rows, data = load_manifest(self.folder)
         rows = [{k: v for k, v in r.items() if k != "capture_timestamp_utc"} for r in rows]
         return hashlib.sha256(json.dumps([rows, data.get("actions"), data.get("meta")], sort_keys=True).encode()).hexdigest()
 
@@ -126,13 +127,6 @@ RENAMED = dict(gas="gas_pedal", brake="brake_pedal")  # 0…1; `brake` is the ke
 STATE_COLUMNS = {k: [RENAMED.get(k, k) + c for c in COMPONENTS[shape]] for k, shape in SHAPES.items() if k != "time_ms"}  # field of a CarState: its columns
 STATE_DTYPES = {c: np.dtype(DTYPES.get(k, float)).kind for k, columns in STATE_COLUMNS.items() for c in columns}  # column: b, i or f
 _ACTION = {keys: int(nearest_action(keys)) for keys in itertools.product((False, True), repeat=len(KEYS))}
-
-def load_labels(folder):
-    "`load_manifest` by a faster parser; whatever that one cannot take (NaN, a bare list, a damaged file) goes to `load_manifest`."
-    try: data = orjson.loads(read_bytes(os.path.join(folder, "manifest.json")))
-    except (ValueError, orjson.JSONDecodeError): return load_manifest(folder)
-    ours = isinstance(data, dict) and "entries" in data and data.get("format_version", 0) in (0, FORMAT_VERSION)
-    return (data["entries"], data) if ours else load_manifest(folder)
 
 def frame_columns(folder, rows, meta=None):
     "Entries of a manifest as columns (lists or arrays (T,), None where an entry lacks a value); ValueError naming the file."
@@ -267,7 +261,7 @@ class ReplayStore:
     def _add(self, folder):
         if not os.path.isfile(f"{folder}/manifest.json"): raise ValueError(f"{folder}: no manifest.json, so no replay")
         replay = Replay(folder)
-        if not replay.metadata: replay.metadata = read_metadata(folder, "format_version" in load_labels(folder)[1])
+        if not replay.metadata: replay.metadata = read_metadata(folder, "format_version" in load_manifest(folder)[1])
         row = replay_row(replay)
         self._all[replay.track_id, replay.name] = replay
         return row | dict(episode_index=len(self._all) - 1)
@@ -363,11 +357,7 @@ def replay_row(replay):
                race_time_ms=m.get("race_time_ms"), finished=m.get("race_finished"), frame_source=m.get("frame_source"),
                source=m.get("source"), player=m.get("player"), width=m.get("width"), height=m.get("height"),
                interval_ms=m.get("capture_interval_ms"), format_version=m.get("format_version"), folder=str(replay.folder))
-    kinds = dict(n_frames=int, race_time_ms=(int, float), finished=bool, width=int, height=int, interval_ms=(int, float))
-    for k, kind in kinds.items():
-        wrong_bool = isinstance(row[k], bool) and kind is not bool
-        if row[k] is not None and (wrong_bool or not isinstance(row[k], kind)):
-            raise ValueError(f"{replay.folder / 'metadata.json'}: {k} is {row[k]!r}")
+    for problem in metadata_problems(m, n): raise ValueError(f"{replay.folder / 'metadata.json'}: {problem}")
     if row["race_time_ms"] is not None: row["race_time_ms"] = round(row["race_time_ms"])
     return row
 

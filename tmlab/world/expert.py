@@ -16,6 +16,7 @@ __all__ = ['STYLES', 'DECISION_S', 'NOT_LOST', 'LEEWAY', 'BRAKES', 'STEEP', 'SLI
 
 # %% ../../nbs/world/40_expert.ipynb #015787b4
 import csv, math, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 import numba
@@ -553,11 +554,11 @@ class ReferenceTime(NamedTuple):
     car: str = ""
     actions: tuple = ()
 
-def search_reference(track, P=CAR, decisions=DECISIONS):
+def search_reference(track, P=CAR, decisions=DECISIONS, threads=1):
     "(`Found`, way, line) of the fastest lap: narrow beams for every guide and weight on the best way, then a wide one."
     if decisions < 1: raise ValueError(f"decisions {decisions}: at least 1; by default {DECISIONS}")
     way = planned_ways(track, P)[0][0]
-    lines = [best_line(way, P, sweeps=40, **g) for g in GUIDES]
+    with ThreadPoolExecutor(threads) as pool: lines = list(pool.map(lambda g: best_line(way, P, sweeps=40, **g), GUIDES))
     steps = 20 * min(t for _, t in lines) * 4.0  # decisions for each car of a beam's width
     narrow = max(8, int(0.4 * decisions / steps / len(GUIDES) / len(WEIGHTS)))
     tries = [(search_lap(track, way, line, narrow, P, w), k, w) for k, (line, _) in enumerate(lines) for w in WEIGHTS]
@@ -579,8 +580,9 @@ def driven_offsets(way, rows):
 def reference_time(track, threads=None, car=CAR, decisions=DECISIONS):
     """`ReferenceTime` of a track: the fastest lap that a search with the real car finds, or the expert's if that is faster; ValueError when neither finishes.
     The same for any number of threads and on any machine; `decisions` bounds the work."""
-    numba.set_num_threads(thread_count(threads))
-    found, way, line = search_reference(track, car, decisions)
+    threads = thread_count(threads)
+    numba.set_num_threads(threads)
+    found, way, line = search_reference(track, car, decisions, threads)
     driven, _ = laps([track], Expert(track, list(STYLES), car=car), threads=threads, per_track=len(STYLES))
     best = np.nanmin(np.append(driven, found.seconds))
     if not np.isfinite(best): raise ValueError(f"neither the search nor the expert finishes a lap of {track.id}: there is no reference time for it")
@@ -588,7 +590,7 @@ def reference_time(track, threads=None, car=CAR, decisions=DECISIONS):
     if found.seconds == best:
         actions, by = tuple(map(int, found.actions)), f"search {SEARCH_VERSION}"
         starts.append((way, driven_offsets(way, drive_actions(track, actions, car)[1])))
-    return ReferenceTime(float(best), lower_bound(track, car, starts), 1, by, track.hash, car_digest(car), actions)
+    return ReferenceTime(float(best), lower_bound(track, car, starts, threads), 1, by, track.hash, car_digest(car), actions)
 
 # %% ../../nbs/world/40_expert.ipynb #5929a39e
 def reference_path(track_dir):
