@@ -35,10 +35,14 @@ def resolve_track(spec):
     raise ValueError(f"track '{spec}': neither a folder with a track nor family:seed:seconds (families: {', '.join(sorted(FAMILIES))})")
 
 # %% ../../nbs/training/66_rollout.ipynb #04972523
-def explore(q, epsilon, epsilon_boltzmann, tau_boltzmann, generator):
-    "`(action, greedy)` for mean values q (n, 12): random with probability ε, else the best of q + τ·noise with ε_boltzmann, else the best."
+def explore(q, epsilon, epsilon_boltzmann, tau_boltzmann, generator, prior=None, prior_share=0.0):
+    """`(action, greedy)` for mean values q (n, 12): random with probability ε, else the best of q + τ·noise with ε_boltzmann, else the best.
+
+    `prior_share` of the random actions are those of `prior`: actions (n,), or logits (n, 12) to draw from."""
     u, noise = torch.rand(len(q), generator=generator), torch.randn(q.shape, generator=generator)
     best, random, nearby = q.argmax(1), noise.argmax(1), (q + tau_boltzmann * noise).argmax(1)
+    if prior is not None and prior.ndim == 2: prior = torch.multinomial(prior.softmax(1), 1, generator=generator)[:, 0]
+    if prior is not None: random = torch.where(u < epsilon * prior_share, prior, random)
     action = torch.where(u < epsilon, random, torch.where(u < epsilon + (1 - epsilon) * epsilon_boltzmann, nearby, best))
     return action, action == best
 
