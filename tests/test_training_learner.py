@@ -28,7 +28,7 @@ def batch(n=16, seed=0, **kw):
     g = torch.Generator().manual_seed(seed)
     images, floats = torch.randint(0, 256, (2, n, 1, 64, 64), dtype=torch.uint8, generator=g), torch.randn(2, n, 184, generator=g)
     out = dict(image=images[0], floats=floats[0], action=torch.randint(0, 12, (n,), generator=g), reward=torch.randn(n, generator=g), next_image=images[1], next_floats=floats[1],
-               discount=torch.full((n,), 0.9), expert=torch.arange(n) % 2 == 0)
+               discount=torch.full((n,), 0.9), expert=torch.arange(n) % 2 == 0, weight=torch.ones(n), index=torch.arange(n))
     return Batch(**out | kw)
 
 
@@ -154,7 +154,7 @@ def expert_rows(steps=60, cars=4):
 
 def test_experts_share_of_a_batch(tmp_path):
     "A quarter of every batch comes from the experts' buffer; the imitation loss is logged; the rows are part of the run's identity; without rows the share is refused."
-    cfg = TrainConfig(**TINY | dict(total_decisions=320, expert_share=0.25, bc_weight="0:1 160000:0"), output_dir=tmp_path, run_name="r")
+    cfg = TrainConfig(**TINY | dict(total_decisions=320, test_share=0, expert_share=0.25, bc_weight="0:1 160000:0"), output_dir=tmp_path, run_name="r")
     t = Trainer(cfg, resolve_tracks(cfg.tracks), experts=expert_rows())
     while not t.ready: t.act()
     b = t.batch()

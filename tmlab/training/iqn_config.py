@@ -70,7 +70,8 @@ class TrainConfig(Config):
     bc_weight: Schedule = "0:0"                       # λ of the imitation loss on expert decisions; linear between points
     bc_loss: Literal["margin", "cross_entropy"] = "margin"
     bc_margin: float = Field(0.06, gt=0)              # value by which the expert's action should lead: one decision; cross-entropy: its temperature
-    expert_share: float = Field(0, ge=0, lt=1)        # of every batch, from the experts' buffer
+    expert_dir: Optional[Path] = None                 # folder of replays (maps/img) whose decisions are the expert's
+    expert_share: float = Field(0, ge=0, lt=1)        # of every batch, from those
     prior_dir: Optional[Path] = None                  # weights1.torch of a network that chooses some of the exploratory actions
     prior: Schedule = "0:0.5"                         # share of the exploratory actions that it chooses; linear between points
     inputs: Literal["all", "pixels", "floats"] = "all"  # pixels: no road ahead, no metres to the finish; floats: no image
@@ -83,6 +84,7 @@ class TrainConfig(Config):
     batch_size: int = Field(64, ge=1)
     reuse: float = Field(4, gt=0)                     # how often a decision is learned from, on average
     buffer_size: int = Field(60_000, ge=1)           # decisions kept
+    test_share: float = Field(0.05, ge=0, lt=1)       # of the races, kept for testing: never learned from
     start_learning: int = Field(2_000, ge=1)          # decisions before the first gradient step
     n_step: int = Field(10, ge=1)
     horizon: int = Field(140, ge=1)                   # decisions of a mini-race (7 s)

@@ -180,7 +180,7 @@ def imitation_loss(q, action, kind="margin", margin=0.06):
 
 # %% ../../nbs/training/64_learner.ipynb #8746b53f
 @torch.no_grad()
-def calibrate(net, b, returns, inputs="all", quantiles=32, min_gap=0.01):
+def calibrate(net, b, returns, inputs="all", quantiles=32, min_gap=0.06):
     "Scale the last layers of `net` so that its mean Q of `b.action` fits `returns` (B,): dict advantage, value (factors), bias, error before and after (rms), n. ValueError below 32 rows."
     if len(returns) < 32: raise ValueError(f"{len(returns)} whole returns are too few to calibrate with: drive longer before learning (start_learning)")
     q = quantile_values(net, *mask_inputs(b.image, b.floats, inputs), draw_tau(len(returns), quantiles, torch.Generator().manual_seed(0)).to(b.floats.device)).mean(0).double().cpu()
@@ -289,7 +289,7 @@ class Learner:
         more, extra = self.further_losses(b, q, bc_weight)
         mean = sum([loss.detach().mean().item(), *(v for k, v in extra.items() if k.startswith("Training/"))])
         self.opt.zero_grad(set_to_none=True)
-        (loss.sum() + more).backward()
+        ((loss * b.weight).sum() + more).backward()
         moving = [p for p in [*self.params, *self.aux.parameters()] if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(moving, self.cfg.clip_norm).item()
         if not math.isfinite(mean + norm) or self.guard.exploding(mean): raise Diverged(self.diagnosis(b, mean, norm, lr))
