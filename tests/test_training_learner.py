@@ -374,3 +374,50 @@ def test_loss_of_a_batch_that_is_not_learned_from():
     first, second = (l.evaluate_loss(b, torch.Generator().manual_seed(3)) for _ in range(2))
     assert first == second and all(torch.equal(v, state[k]) for k, v in l.net.state_dict().items())
     assert l.learn(b, 1e-3, torch.Generator().manual_seed(3)).loss == pytest.approx(first, rel=1e-6)
+
+
+def test_expert_rows_from_replays(tmp_path, capsys):
+    "A folder of recorded laps: their decisions are a share of every batch; what cannot be used, or imitated, is said."
+    from tmlab.world.record import record_replays
+    record_replays(resolve_tracks(["flat:1:5"]), tmp_path / "maps/img", per_track=2, quiet=True)
+    kw = TINY | dict(total_decisions=320, expert_dir=tmp_path / "maps/img")
+    run = train_iqn(TrainConfig(**kw | dict(expert_share=0.5, bc_weight="0:1"), output_dir=tmp_path, run_name="r"))
+    rows = pd.read_csv(run.dir / "metrics.csv")
+    assert "expert decisions of 2 replays" in capsys.readouterr().out and {"Training/loss_bc", "RL/expert_agreement"} <= set(rows.tag)
+    with pytest.raises(ValueError, match="no row would be imitated"): train_iqn(TrainConfig(**kw | dict(bc_weight="0:1"), output_dir=tmp_path, run_name="s"))
+    with pytest.raises(ValueError, match="no such folder"): train_iqn(TrainConfig(**kw | dict(expert_dir=tmp_path / "none"), output_dir=tmp_path, run_name="s"))
+
+
+def test_loss_of_races_kept_for_testing(tmp_path):
+    "Logged where races are kept; looking at it changes nothing: a run that does not look has the same weights."
+    kw = TINY | dict(test_share=0.3)
+    run = train_iqn(TrainConfig(**kw, output_dir=tmp_path, run_name="r"))
+    rows = pd.read_csv(run.dir / "metrics.csv")
+    assert (rows.tag == "Training/loss_test").sum() > 2 and np.isfinite(rows[rows.tag == "Training/loss_test"].value).all()
+    other = train_iqn(TrainConfig(**TINY | dict(test_share=0), output_dir=tmp_path, run_name="none"))
+    assert "Training/loss_test" not in set(pd.read_csv(other.dir / "metrics.csv").tag)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Trainer, "test_loss", lambda self: None)
+        blind = train_iqn(TrainConfig(**kw, output_dir=tmp_path, run_name="blind"))
+    assert all((blind.dir / f"weights{k}.torch").read_bytes() == (run.dir / f"weights{k}.torch").read_bytes() for k in (1, 2))
+
+
+def test_calibrated_before_the_first_step(tmp_path, monkeypatch):
+    "Once, with returns of whole mini-races; the greedy actions stay; a buffer too short for them is refused."
+    reports, plain = [], Trainer.calibrate
+    monkeypatch.setattr(Trainer, "calibrate", lambda self: reports.append((self.learner.gradient_steps, plain(self))))
+    start_weights(tmp_path / "start", change=lambda net: [p.data.mul_(50) for p in net.A_head[2].parameters()])
+    kw = TINY | dict(total_decisions=1600, buffer_size=1600, init_dir=tmp_path / "start", calibrate=True, eval_every=1600)
+    train_iqn(TrainConfig(**kw, output_dir=tmp_path, run_name="r"))
+    (step, report), = reports
+    assert step == 0 and report["error"] < report["error_before"] / 2 and 0 < report["advantage"] < 1 and report["n"] >= 32, report
+    with pytest.raises(ValueError, match="buffer_size of at least 1128"): TrainConfig(**kw | dict(buffer_size=1000))
+
+
+def test_importance_weights_scale_the_gradient():
+    gradients = []
+    for weight in (1.0, 0.5):
+        l = Learner(TrainConfig(**SMALL, clip_norm=1e9, clip_value=1e9))
+        l.learn(batch(weight=torch.full((16,), weight)), 0.0, torch.Generator().manual_seed(0))
+        gradients.append(l.net.V_head[0].weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0] / 2)

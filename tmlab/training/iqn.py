@@ -22,7 +22,7 @@ from ..evidence.kpi import race_stats
 from ..models.encoder import image_hw
 from ..replays.store import ReplayStore
 from .buffer import Batch, ReplayBuffer, fill_replays, sample, usable_rows
-from .iqn_config import TrainConfig, parse_schedule, schedule
+from .iqn_config import TrainConfig, schedule
 from .learner import Diverged, Learner, calibrate, part_files, potential, resolve_precision
 from .rollout import episode_row, explore, make_env, policy_values, resolve_tracks, rollout, start, summary
 from .weights import export_linesight, load_linesight
@@ -69,14 +69,12 @@ class Trainer:
     `experts`: a `ReplayBuffer` of expert rows for `expert_share`; `prior`: observations → actions or logits; `aux`: see `Learner`."""
     def __init__(self, cfg, tracks, aux=None, experts=None, prior=None):
         if cfg.expert_share and experts is None: raise ValueError(f"expert_share is {cfg.expert_share}, but there are no expert rows; set expert_dir")
-        if max(parse_schedule(cfg.bc_weight)[1]) > 0 and not cfg.expert_share: raise ValueError(f"bc_weight is '{cfg.bc_weight}', but expert_share is 0: no row would be imitated")
         self.cfg, self.tracks, self.bf16 = cfg, tracks, resolve_precision(cfg.precision, cfg.device) == "bf16"
         self.learner, self.experts = Learner(cfg, self.bf16, aux), experts
         self.env = make_env(tracks, cfg.num_envs, cfg.image_size, cfg.threads, cfg.start)
         self.buffer = ReplayBuffer(math.ceil(cfg.buffer_size / cfg.num_envs), cfg.num_envs, (1, *image_hw(cfg.image_size)), device=cfg.device,
                                    test_share=cfg.test_share, seed=derive_seed(cfg.seed, "test") % 2 ** 31)
         self.random = {name: torch.Generator().manual_seed(derive_seed(cfg.seed, name)) for name in ("act", "learn", "prior")}
-        if cfg.calibrate and self.buffer.steps <= cfg.horizon: raise ValueError(f"calibrate needs whole mini-races in the buffer: buffer_size of at least {cfg.num_envs * (cfg.horizon + 1)}")
         self.prior = prior or (prior_policy(cfg, self.bf16, self.random["prior"]) if cfg.prior_dir else None)
         self.obs = start(self.env, seed=derive_seed(cfg.seed, "world") % 2 ** 31)
         self.decisions, self.owed, self.active_s, self.learning_s, self.warned = 0, 0.0, 0.0, 0.0, False
@@ -201,7 +199,7 @@ def expert_rows(cfg):
     if not decisions: raise ValueError(f"{cfg.expert_dir}: no replays")
     buffer = ReplayBuffer(min(decisions, cfg.buffer_size), 1, (1, *image_hw(cfg.image_size)), device=cfg.device)
     filled = fill_replays(buffer, store)
-    print(f"{filled.decisions - filled.left_over} expert decisions of {filled.replays} replays" + f"; {len(filled.refused)} refused, first: {filled.refused[0]}" * bool(filled.refused))
+    print(f"{filled.decisions - filled.left_over} expert decisions of {filled.replays} replays; {len(filled.refused)} replays refused", *(": ".join(r) for r in filled.refused[:1]))
     return buffer
 
 def prior_policy(cfg, bf16, generator):

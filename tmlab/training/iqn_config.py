@@ -10,7 +10,7 @@ __all__ = ['Schedule', 'LINESIGHT', 'parse_schedule', 'schedule', 'checked_sched
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 from ..core.config import Config
 
@@ -119,6 +119,14 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: Optional[int] = Field(None, ge=1)        # None: as torch finds them
     device: str = "cpu"
+
+    @model_validator(mode="after")
+    def settings_that_need_others(self):
+        if parse_schedule(self.bc_weight)[1].max() > 0 and not self.expert_share: raise ValueError(f"bc_weight is '{self.bc_weight}', but expert_share is 0: no row would be imitated")
+        if self.calibrate and self.buffer_size <= self.num_envs * self.horizon:
+            raise ValueError(f"calibrate needs whole mini-races in the buffer: buffer_size of at least {self.num_envs * (self.horizon + 1)}")
+        if self.init_parts and not self.init_dir: raise ValueError(f"init_parts {self.init_parts} without init_dir: from where?")
+        return self
 
 LINESIGHT = dict(image_size=(120, 160), iqn_embedding_dimension=64, batch_size=512, reuse=32, buffer_size=50_000, start_learning=20_000,
                  n_step=3, discard_non_greedy=True,
