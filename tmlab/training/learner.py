@@ -11,9 +11,10 @@ import copy, math
 from pathlib import Path
 import numpy as np
 import torch
-from ..models.encoder import image_hw, normalise_image
+from ..models.encoder import normalise_image
 from ..models.iqn import IQN, draw_tau
 from ..replays.floats import FLOAT_MEAN, PIXEL_FLOATS
+from .iqn_config import network_options
 from .weights import load_linesight
 
 # %% ../../nbs/training/64_learner.ipynb #d8fde3d6
@@ -22,7 +23,7 @@ def hidden_floats(inputs):
     return np.setdiff1d(np.arange(184), PIXEL_FLOATS) if inputs == "pixels" else np.arange(0)
 
 def mask_inputs(image, floats, inputs):
-    "`image` and `floats` with the unseen part replaced: one mid grey image for all, and upstream's means. The arguments are not changed."
+    "`image` (B, stack, H, W) and `floats` (B, 184 + extras) with the unseen part replaced: one mid grey image for all, and upstream's means. The arguments are not changed."
     if inputs == "floats": return image.new_full((1, *image.shape[1:]), 128), floats
     if inputs == "all": return image, floats
     hidden = torch.as_tensor(hidden_floats(inputs), device=floats.device)
@@ -30,11 +31,10 @@ def mask_inputs(image, floats, inputs):
 
 # %% ../../nbs/training/64_learner.ipynb #e9e2fd50
 def quantile_values(net, image, floats, tau, bf16=False):
-    "Q (K, B, 12) float32 of an `IQN` for uint8 images (B or 1, 1, H, W), floats (B, 184) and tau (K·B, 1); the last layers in float32."
+    "Q (K, B, 12) float32 of an `IQN` for uint8 images (B or 1, stack, H, W), floats (B, 184 + extras) and tau (K·B, 1); the last layers in float32."
     B, K = len(floats), len(tau) // len(floats)
     with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
-        seen = net.img_head(normalise_image(image, dtype=torch.bfloat16 if bf16 else torch.float32)).expand(B, -1)
-        features = torch.cat([seen, net.float_feature_extractor((floats - net.float_mean) / net.float_std)], 1)
+        features = net.features(normalise_image(image, dtype=torch.bfloat16 if bf16 else torch.float32), floats)
         embedding = net.iqn_fc(torch.cos(tau * net.frequencies))
         x = (embedding.view(K, *features.shape) * features).flatten(0, 1)
         a, v = net.A_head[:2](x), net.V_head[:2](x)
@@ -166,8 +166,8 @@ def initial_networks(cfg):
     "`(online, target)` on the device: fresh, or those of `init_dir` (strict; ValueError naming what does not fit)."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # as `inject` seeds a fresh pair: arms of one experiment differ in the encoder alone
-        net = IQN(cfg.image_size, cfg.iqn_embedding_dimension)
+        net = IQN(**network_options(cfg))
     target = copy.deepcopy(net)
-    if cfg.init_dir: net, target = load_linesight(cfg.init_dir, image_hw(cfg.image_size), cfg.iqn_embedding_dimension)
+    if cfg.init_dir: net, target = load_linesight(cfg.init_dir, **network_options(cfg))
     for model in (net, target): model.to(cfg.device).img_head.to(memory_format=torch.channels_last)  # half the time of the convolutions
     return net, target.requires_grad_(False)
