@@ -22,7 +22,7 @@ from ..evidence.kpi import race_stats
 from ..models.encoder import image_hw
 from ..replays.store import ReplayStore
 from .buffer import Batch, ReplayBuffer, fill_replays, sample, usable_rows
-from .iqn_config import TrainConfig, schedule
+from .iqn_config import TrainConfig, network_options, schedule
 from .learner import Diverged, Learner, calibrate, part_files, potential, resolve_precision
 from .rollout import episode_row, explore, make_env, policy_values, resolve_tracks, rollout, start, summary
 from .weights import export_linesight, load_linesight
@@ -204,7 +204,7 @@ def expert_rows(cfg):
 
 def prior_policy(cfg, bf16, generator):
     "Observations → greedy actions of the network in `prior_dir`."
-    net = load_linesight(cfg.prior_dir, image_hw(cfg.image_size))[0].to(cfg.device)
+    net = load_linesight(cfg.prior_dir, **network_options(cfg) | dict(iqn_embedding_dimension=None))[0].to(cfg.device)
     return lambda obs: policy_values(net, obs, cfg.quantiles, generator, cfg.inputs, bf16).argmax(1)
 
 # %% ../../nbs/training/70_iqn.ipynb #aae92960

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'LINESIGHT', 'parse_schedule', 'schedule', 'checked_schedule', 'parse_freeze', 'checked_freeze',
-           'two_sizes', 'TrainConfig']
+           'two_sizes', 'TrainConfig', 'network_options']
 
 # %% ../../nbs/training/62_iqn_config.ipynb #5255ac13
 from pathlib import Path
@@ -77,6 +77,11 @@ class TrainConfig(Config):
     inputs: Literal["all", "pixels", "floats"] = "all"  # pixels: no road ahead, no metres to the finish; floats: no image
     image_size: Annotated[tuple[int, int], BeforeValidator(two_sizes)] = (64, 64)  # height, width; one number: a square
     iqn_embedding_dimension: int = 128
+    stack: int = Field(1, ge=1)                       # last frames that are seen, as channels of one image; upstream: 1
+    recurrent: bool = False                           # each frame through the one-channel image head, an LSTM over the `stack` results
+    use_image_head: bool = True                       # off: no image is rendered, stored or seen
+    use_float_head: bool = True                       # off: the image alone, not even the time in the mini-race
+    extras: list[Literal["progress"]] = []            # numbers of the world behind the 184 floats; progress: share driven
     start: Literal["random", "anywhere"] = "random"   # training starts at the line (differing offset, heading, speed), or anywhere on the road
     num_envs: int = Field(64, ge=1)                   # cars
     total_decisions: int = Field(48_000, ge=1)        # budget: decisions of 50 ms, all cars together
@@ -131,3 +136,9 @@ class TrainConfig(Config):
 LINESIGHT = dict(image_size=(120, 160), iqn_embedding_dimension=64, batch_size=512, reuse=32, buffer_size=50_000, start_learning=20_000,
                  n_step=3, discard_non_greedy=True,
                  polyak_tau=0.02, target_every=2048, schedule_speed=1, failure="bootstrap")
+
+# %% ../../nbs/training/62_iqn_config.ipynb #83863dc5
+def network_options(cfg):
+    "Arguments of `IQN`, and of `load_linesight`, in these settings."
+    same = ("image_size", "iqn_embedding_dimension", "stack", "recurrent", "use_image_head", "use_float_head")
+    return {name: getattr(cfg, name) for name in same} | dict(extras=len(cfg.extras))

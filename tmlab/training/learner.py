@@ -16,10 +16,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from ..models.encoder import image_hw, normalise_image
+from ..models.encoder import normalise_image
 from ..models.iqn import IQN, draw_tau
 from ..replays.floats import FLOAT_MEAN, PIXEL_FLOATS
-from .iqn_config import parse_freeze
+from .iqn_config import network_options, parse_freeze
 from .weights import WEIGHTS, agent_encoder, check_weights, load_linesight, read_encoder, read_weights, trained_pixels
 
 # %% ../../nbs/training/64_learner.ipynb #d8fde3d6
@@ -28,7 +28,7 @@ def hidden_floats(inputs):
     return np.setdiff1d(np.arange(184), PIXEL_FLOATS) if inputs == "pixels" else np.arange(0)
 
 def mask_inputs(image, floats, inputs):
-    "`image` and `floats` with the unseen part replaced: one mid grey image for all, and upstream's means. The arguments are not changed."
+    "`image` (B, stack, H, W) and `floats` (B, 184 + extras) with the unseen part replaced: one mid grey image for all, and upstream's means. The arguments are not changed."
     if inputs == "floats": return image.new_full((1, *image.shape[1:]), 128), floats
     if inputs == "all": return image, floats
     hidden = torch.as_tensor(hidden_floats(inputs), device=floats.device)
@@ -36,11 +36,10 @@ def mask_inputs(image, floats, inputs):
 
 # %% ../../nbs/training/64_learner.ipynb #e9e2fd50
 def quantile_values(net, image, floats, tau, bf16=False):
-    "Q (K, B, 12) float32 of an `IQN` for uint8 images (B or 1, 1, H, W), floats (B, 184) and tau (K·B, 1); the last layers in float32."
+    "Q (K, B, 12) float32 of an `IQN` for uint8 images (B or 1, stack, H, W), floats (B, 184 + extras) and tau (K·B, 1); the last layers in float32."
     B, K = len(floats), len(tau) // len(floats)
     with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
-        seen = net.img_head(normalise_image(image, dtype=torch.bfloat16 if bf16 else torch.float32)).expand(B, -1)
-        features = torch.cat([seen, net.float_feature_extractor((floats - net.float_mean) / net.float_std)], 1)
+        features = net.features(normalise_image(image, dtype=torch.bfloat16 if bf16 else torch.float32), floats)
         embedding = net.iqn_fc(torch.cos(tau * net.frequencies))
         x = (embedding.view(K, *features.shape) * features).flatten(0, 1)
         a, v = net.A_head[:2](x), net.V_head[:2](x)
@@ -278,7 +277,7 @@ class Learner:
             total, extra = bc_weight * loss.sum(), {"Training/loss_bc": loss.detach().mean().item(), "RL/expert_agreement": (q.argmax(1) == action).float().mean().item()}
         for name, term in self.aux_terms.items():
             image, floats = mask_inputs(b.image, b.floats, self.cfg.inputs)
-            loss = term.loss(term.module, self.net.features(normalise_image(image).expand(len(floats), -1, -1, -1), floats), b)
+            loss = term.loss(term.module, self.net.features(normalise_image(image), floats), b)
             total, extra[f"Training/loss_{name}"] = total + term.weight * loss.sum(), loss.detach().mean().item()
         return total, extra
 
@@ -330,9 +329,9 @@ def initial_networks(cfg):
     "`(online, target)` on the device: fresh, or those of `init_dir`, or its `init_parts` in a fresh one (strict; ValueError naming what does not fit)."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # as `inject` seeds a fresh pair: arms of one experiment differ in the encoder alone
-        net = IQN(cfg.image_size, cfg.iqn_embedding_dimension)
+        net = IQN(**network_options(cfg))
     if cfg.init_dir and cfg.init_parts: load_parts(net, cfg.init_dir, cfg.init_parts)
     target = copy.deepcopy(net)
-    if cfg.init_dir and not cfg.init_parts: net, target = load_linesight(cfg.init_dir, image_hw(cfg.image_size), cfg.iqn_embedding_dimension)
+    if cfg.init_dir and not cfg.init_parts: net, target = load_linesight(cfg.init_dir, **network_options(cfg))
     for model in (net, target): model.to(cfg.device).img_head.to(memory_format=torch.channels_last)  # half the time of the convolutions
     return net, target.requires_grad_(False)
