@@ -21,7 +21,7 @@ from ..replays.manifest import meta_states
 from ..tracks.line import ReferenceLine
 from ..world.env import REWARD_PER_M, REWARD_PER_MS, TIME_LIMIT, uniform
 
-# %% ../../nbs/training/60_buffer.ipynb #033143bd
+# %% ../../nbs/training/60_buffer.ipynb #ca7fc2ab
 @njit(cache=True)
 def held_out(seed, races, share):
     "(n,) bool: whether race number `races[i]` of car `i` is among the `share` kept for testing."
@@ -133,7 +133,7 @@ def window_length(over, cut, greedy, discard_non_greedy=True):
     if discard_non_greedy: length = torch.minimum(length, first(~greedy & (k > 0)))
     return length, end < length
 
-# %% ../../nbs/training/60_buffer.ipynb #52ad08d0
+# %% ../../nbs/training/60_buffer.ipynb #3b69dd77
 def stack_rows(buffer, row, car, stack):
     "Rows (B, stack) of the last `stack` frames of the states (`row`, `car`), oldest first; none before the first of the race or of the ring."
     before = row[:, None] - torch.arange(1, stack, device=row.device)
@@ -165,7 +165,7 @@ def mini_race_times(size, horizon=140, generator=None, oversample_long=40, overs
     draw = torch.randint(oversample_end - min(oversample_long, horizon), horizon + oversample_end, (size,), generator=generator)
     return (draw.abs() - oversample_end).clamp(min=0)
 
-# %% ../../nbs/training/60_buffer.ipynb #012a144e
+# %% ../../nbs/training/60_buffer.ipynb #f3f8db14
 def usable(buffer, standing, test, at=...):
     "Whether windows may begin at the slots `at`: not where a race was cut off, and only in races kept for testing, or only in the others."
     return ~ends(buffer, standing, at)[1] & (buffer.test[at] == test)
@@ -194,14 +194,14 @@ def no_window(test): return ValueError(f"no window in the buffer begins in a rac
 def prioritised_starts(buffer, first, last, size, standing, alpha, beta, generator=None):
     "`(row, car, weight)` of windows drawn from rows first … last − 1 in proportion to priority ** `alpha`, each (size,)."
     open_rows = usable_rows(buffer, first, last, standing, False)
-    if not open_rows.any(): raise no_window(False)
-    p = torch.where(open_rows, buffer.priority, 0.0) ** alpha
-    if not 0 < (most := p.max().item()) < float("inf"): raise ValueError(f"the highest priority is {most}: priorities must be positive and finite; see the errors given to update_priorities")
-    share = torch.where(open_rows, (p.double() / most * 2 ** 31).long().clamp(min=1), 0).flatten()
-    until = share.cumsum(0)
+    p = buffer.priority ** alpha * open_rows
+    if not (most := p.max().item()) < float("inf"): raise ValueError(f"a priority is {most}: see the errors given to update_priorities")
+    share = (p * (2 ** 31 / max(most, 1e-30))).long() + open_rows  # at least 1
+    until = share.flatten().cumsum(0)
+    if not until[-1]: raise no_window(False)
     draw = torch.randint(until[-1].item(), (size,), generator=generator).to(until.device)
     slot = torch.searchsorted(until, draw, right=True)
-    weight = share[slot].double() ** -beta
+    weight = share.flatten()[slot].double() ** -beta
     age = (buffer.total - 1 - slot // buffer.num_envs) % buffer.steps
     return buffer.total - 1 - age, slot % buffer.num_envs, (weight / weight.max()).float()
 
@@ -239,7 +239,7 @@ def discounted(gamma, start, end):
     "Sum of gamma ** k over start ≤ k < end, for tensors of whole numbers."
     return (end - start).float() if gamma == 1 else (gamma ** start - gamma ** end) / (1 - gamma)
 
-# %% ../../nbs/training/60_buffer.ipynb #c8053943
+# %% ../../nbs/training/60_buffer.ipynb #3167c46f
 def save_rows(buffer, folder):
     "Write what was added to `buffer` since its last `save_rows` or `load_rows` to a file in `folder`. Call it before the checkpoint that holds `buffer.total` is written."
     for first, total, path in row_files(folder):
@@ -267,7 +267,7 @@ def load_rows(buffer, folder, total):
     for _, until, path in row_files(folder):
         if until > total: path.unlink()
 
-# %% ../../nbs/training/60_buffer.ipynb #01349ec3
+# %% ../../nbs/training/60_buffer.ipynb #0a629362
 def add_step(buffer, obs, action, step, greedy=True, expert=False):
     "Store the decisions `action` (num_envs,) made on `obs`, and what the vector env answered to them: `step`. Any end but the finish and the time limit is a failure where infos tell the `end`."
     _, reward, terminated, truncated, info = step
@@ -278,9 +278,9 @@ def all_floats(obs):
     "The floats of an observation with its extras behind them, (n, 184 + k) float32."
     return np.concatenate([obs["floats"], obs["extras"]], 1) if "extras" in obs else obs["floats"]
 
-def fill_policy(buffer, env, policy, decisions, expert=True, seed=None):
-    "Drive `env`, reset with `seed`, by `policy` (observation → actions) for `decisions` of all cars together, and store them; returns the number stored."
-    steps, (obs, _) = -(-decisions // buffer.num_envs), env.reset(seed=seed)
+def fill_policy(buffer, env, policy, decisions, obs, expert=True):
+    "Drive the vector `env` from `obs` on by `policy` (observation → actions), store `decisions` of all cars together (rounded up to whole rows), cut; returns the last observation."
+    steps = -(-decisions // buffer.num_envs)
     if steps > buffer.steps: raise ValueError(f"{decisions} decisions do not fit into a buffer of {buffer.steps * buffer.num_envs}")
     for _ in range(steps):
         action = policy(obs)
@@ -288,9 +288,9 @@ def fill_policy(buffer, env, policy, decisions, expert=True, seed=None):
         add_step(buffer, obs, action, step, expert=expert)
         obs = step[0]
     buffer.cut()
-    return steps * buffer.num_envs
+    return obs
 
-# %% ../../nbs/training/60_buffer.ipynb #4522eb07
+# %% ../../nbs/training/60_buffer.ipynb #58ec51ae
 def recorded_drive(replay, num_floats=N_FLOATS, extras=None):
     "`(first frame that is used, FIELDS from there on without the images, (T, …) each)` of a recorded replay; `extras` (`Replay` → (frames, k)) are appended to the floats. ValueError naming the replay when it lacks something."
     man, where = replay.manifest, replay.folder
@@ -322,7 +322,7 @@ def recorded_rewards(states, line, at, metadata):
     metres = np.append(metres[:n], zone_metres(points)[len(points) - LINE_AFTER])
     return REWARD_PER_MS * np.diff(np.append(at[:n], end_ms)) + REWARD_PER_M * np.diff(metres), True
 
-# %% ../../nbs/training/60_buffer.ipynb #36acbf28
+# %% ../../nbs/training/60_buffer.ipynb #dd3d55d3
 class Filled(NamedTuple):
     "What `fill_replays` did."
     decisions: int  # stored
