@@ -421,3 +421,16 @@ def test_importance_weights_scale_the_gradient():
         l.learn(batch(weight=torch.full((16,), weight)), 0.0, torch.Generator().manual_seed(0))
         gradients.append(l.net.V_head[0].weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0] / 2)
+
+
+def test_parts_of_other_networks():
+    "An LSTM is a part like the others, a head that is not there is none; a diagnosis looks through both."
+    l, g = Learner(TrainConfig(**SMALL, stack=2, recurrent=True, freeze="lstm:1")), torch.Generator().manual_seed(0)
+    two = lambda **kw: batch(**kw)._replace(image=torch.zeros(16, 2, 64, 64, dtype=torch.uint8), next_image=torch.zeros(16, 2, 64, 64, dtype=torch.uint8))
+    before = copies(l.net)
+    l.learn(two(), 1e-3, g)
+    assert "lstm" not in moved(l.net, before) and "floats" in moved(l.net, before)
+    l.learn(two(), 1e-3, g)
+    assert "lstm" in moved(l.net, before)
+    with pytest.raises(Diverged, match="reward of the batch"): l.learn(two(reward=torch.full((16,), torch.nan)), 1e-3, g)
+    with pytest.raises(ValueError, match="no part encoder"): Learner(TrainConfig(**SMALL, use_image_head=False, freeze="encoder:1"))

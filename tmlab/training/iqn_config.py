@@ -65,7 +65,7 @@ class TrainConfig(Config):
     seed: int = 0                                     # drives network, exploration, sampling and the world
     init_dir: Optional[Path] = None                   # start from the weights1/2.torch in this folder
     init_parts: list[str] = []                        # only these of init_dir: encoder, floats, quantiles, advantage, value; none named: the whole network and its target
-    freeze: Annotated[str, AfterValidator(checked_freeze)] = ""  # gradient steps during which a part does not move, "encoder:2000 floats:-1"; -1: always
+    freeze: Annotated[str, AfterValidator(checked_freeze)] = ""  # gradient steps during which a part does not move, "encoder:2000 floats:-1" (parts as in init_parts, and lstm); -1: always
     calibrate: bool = False                           # before the first gradient step, scale loaded action values to the returns that were driven
     bc_weight: Schedule = "0:0"                       # λ of the imitation loss on expert decisions; linear between points
     bc_loss: Literal["margin", "cross_entropy"] = "margin"

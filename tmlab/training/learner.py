@@ -141,12 +141,12 @@ def first_broken(learner, b):
 def outputs(net, image, floats, quantiles, bf16=False):
     "`[(name, output)]` of the layers of `net`, in the order in which they work."
     out, inner = [], getattr(net, "_orig_mod", net)
-    hooks = [m.register_forward_hook(lambda m, i, o, k=k: out.append((k, o.detach().clone()))) for k, m in inner.named_modules() if not list(m.children())]
+    hooks = [m.register_forward_hook(lambda m, i, o, k=k: out.append((k, (o[0] if isinstance(o, tuple) else o).detach().clone()))) for k, m in inner.named_modules() if not list(m.children())]
     try:
         with torch.no_grad(): quantile_values(inner, image, floats, draw_tau(len(floats), quantiles, torch.Generator().manual_seed(0)).to(floats.device), bf16)
     finally:
         for h in hooks: h.remove()
-    return [(k, x) for k, x in out if torch.is_tensor(x)]
+    return out
 
 class LossGuard:
     "Remembers the last losses; `exploding(loss)` becomes True when `patience` losses in a row lie `factor` times above their median."
