@@ -21,7 +21,7 @@ CHILD = "import sys; from tmlab.training.iqn import TrainConfig, train_iqn; trai
 def logged(folder):
     "The record without measured times."
     rows = pd.read_csv(folder / "metrics.csv")
-    return rows[~rows.tag.str.contains("_per_s|active_seconds")][["decisions", "gradient_steps", "tag", "value"]].reset_index(drop=True)
+    return rows[~rows.tag.str.contains("_per_s|active_seconds|_hours|_percentage_|_duration")][["decisions", "gradient_steps", "tag", "value"]].reset_index(drop=True)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
