@@ -151,7 +151,7 @@ def test_options_from_settings_to_disk_and_back(options, tmp_path):
     net, target = initial_networks(cfg)
     export_linesight(net, tmp_path, "_orig_mod.", target)
     again, _ = initial_networks(cfg.model_copy(update=dict(init_dir=tmp_path, seed=1)))
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items()) and network_options(run_config(tmp_path, **SMALL | changes)) == network_options(cfg) | dict(image_size=46)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items()) and network_options(run_config(tmp_path, **dict(image_size=46, iqn_embedding_dimension=8) | changes)) == network_options(cfg) | dict(image_size=46)
     with pytest.raises(ValueError, match="weights1.torch: .*ask for that"): load_linesight(tmp_path)
     for other in OPTIONS.values():
         wanted = {k: v for k, v in other.items() if not k.startswith("extra_")}
@@ -195,3 +195,9 @@ def test_references_are_read_or_found(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout_room, "reference_time", lambda track: f"searched {track.id}")
     assert {k: v.seconds for k, v in reference_times([tmp_path / "one", tmp_path / "other", other]).items()} == {one.id: 5.0}
     assert reference_times([tmp_path / "one", other], find=True) == {one.id: load_reference(tmp_path / "one"), other.id: f"searched {other.id}"}
+
+def test_races_from_rest_begin_alike():
+    "`rest`: every car stands on the line; `random`: they roll, all differently."
+    tracks = resolve_tracks(["flat:1:5"])
+    speed = {s: np.linalg.norm(start(make_env(tracks, 4, None, 1, s), seed=0)["floats"][:, 56:59], axis=1) for s in ("rest", "random")}
+    assert (speed["rest"] < 0.1).all() and len(np.unique(speed["random"])) == 4
