@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 from torch import nn
-from .encoder import encoder_dim, image_head, image_hw, init_orthogonal, normalise_image
+from .encoder import encoder_dim, image_head, image_hw, init_orthogonal
 from ..replays.floats import FLOAT_MEAN, FLOAT_STD
 
 # %% ../../nbs/models/30_iqn.ipynb #7330d46c
