@@ -21,7 +21,7 @@ from ..replays.manifest import meta_states
 from ..tracks.line import ReferenceLine
 from ..world.env import REWARD_PER_M, REWARD_PER_MS, TIME_LIMIT, uniform
 
-# %% ../../nbs/training/60_buffer.ipynb #b5abe998
+# %% ../../nbs/training/60_buffer.ipynb #42ade66e
 @njit(cache=True)
 def held_out(seed, races, share):
     "(n,) bool: whether race number `races[i]` of car `i` is among the `share` kept for testing."
@@ -134,7 +134,7 @@ def window_length(over, cut, greedy, discard_non_greedy=True):
     if discard_non_greedy: length = torch.minimum(length, first(~greedy & (k > 0)))
     return length, end < length
 
-# %% ../../nbs/training/60_buffer.ipynb #3ad12f8b
+# %% ../../nbs/training/60_buffer.ipynb #1beb4d4e
 def stack_rows(buffer, row, car, stack):
     "Rows (B, stack) of the last `stack` frames of the states (`row`, `car`), oldest first; none before the first of the race or of the ring."
     before = row[:, None] - torch.arange(1, stack, device=row.device)
@@ -166,7 +166,7 @@ def mini_race_times(size, horizon=140, generator=None, oversample_long=40, overs
     draw = torch.randint(oversample_end - min(oversample_long, horizon), horizon + oversample_end, (size,), generator=generator)
     return (draw.abs() - oversample_end).clamp(min=0)
 
-# %% ../../nbs/training/60_buffer.ipynb #d885b825
+# %% ../../nbs/training/60_buffer.ipynb #f5522cd4
 def usable(buffer, standing, test, at=...):
     "Whether windows may begin at the slots `at`: not where a race was cut off, and only in races kept for testing, or only in the others."
     return ~ends(buffer, standing, at)[1] & (buffer.test[at] == test)
@@ -240,7 +240,7 @@ def discounted(gamma, start, end):
     "Sum of gamma ** k over start ≤ k < end, for tensors of whole numbers."
     return (end - start).float() if gamma == 1 else (gamma ** start - gamma ** end) / (1 - gamma)
 
-# %% ../../nbs/training/60_buffer.ipynb #0ba3c02d
+# %% ../../nbs/training/60_buffer.ipynb #8794393b
 def save_rows(buffer, folder):
     "Write what was added to `buffer` since the last `save_rows` or `load_rows` to a file in `folder`; returns the number of the save, for the checkpoint that is to be written next."
     for _, _, total, path in row_files(folder):
@@ -269,7 +269,7 @@ def load_rows(buffer, folder, number):
     for n, *_, path in row_files(folder):
         if n > number: path.unlink()
 
-# %% ../../nbs/training/60_buffer.ipynb #88ec7d7e
+# %% ../../nbs/training/60_buffer.ipynb #d6bdc899
 def add_step(buffer, obs, action, step, greedy=True, expert=False):
     "Store the decisions `action` (num_envs,) made on `obs`, and what the vector env answered to them: `step`. Any end but the finish and the time limit is a failure where infos tell the `end`."
     _, reward, terminated, truncated, info = step
@@ -292,7 +292,7 @@ def fill_policy(buffer, env, policy, decisions, obs, expert=True):
     buffer.cut()
     return obs
 
-# %% ../../nbs/training/60_buffer.ipynb #0a155114
+# %% ../../nbs/training/60_buffer.ipynb #3ee46e38
 def recorded_drive(replay, num_floats=N_FLOATS, extras=None):
     "`(first frame that is used, FIELDS from there on without the images, (T, …) each)` of a recorded replay; `extras` (`Replay` → (frames, k)) are appended to the floats. ValueError naming the replay when it lacks something."
     man, where = replay.manifest, replay.folder
@@ -324,7 +324,7 @@ def recorded_rewards(states, line, at, metadata):
     metres = np.append(metres[:n], zone_metres(points)[len(points) - LINE_AFTER])
     return REWARD_PER_MS * np.diff(np.append(at[:n], end_ms)) + REWARD_PER_M * np.diff(metres), True
 
-# %% ../../nbs/training/60_buffer.ipynb #bfa37680
+# %% ../../nbs/training/60_buffer.ipynb #2b47f24a
 class Filled(NamedTuple):
     "What `fill_replays` did."
     decisions: int  # stored
