@@ -1,4 +1,4 @@
-"Training that is killed, resumed, given bad input; the buffer against its definition."
+"Training that is killed, resumed, given bad input."
 import os, signal, subprocess, sys, time
 import numpy as np
 import pandas as pd
@@ -7,7 +7,6 @@ import torch
 from tmlab.core.runs import read_json
 from tmlab.evidence.events import read_events
 from tmlab.evidence.kpi import compare, load_runs
-from tmlab.training.buffer import ReplayBuffer, draw_starts, ends, sample, window_length
 from tmlab.training.iqn import RunLog, read_checkpoint, train_iqn
 from tmlab.training.iqn_config import LINESIGHT, TrainConfig
 from tmlab.training.learner import mask_inputs, quantile_values, resolve_precision
@@ -93,36 +92,6 @@ def test_unseen_inputs_do_not_matter(inputs):
     changed = floats.clone(); changed[:, 62:183] += 1
     assert torch.equal(value(image, floats), value(255 - image, floats)) == (inputs == "floats")
     assert torch.equal(value(image, floats), value(image, changed)) == (inputs == "pixels")
-
-@pytest.mark.parametrize("seed", range(5))
-def test_windows_never_cross_a_race(seed):
-    "Random flags: a window holds the end of a race only as its last step, never a cut, and an exploratory action only as its first."
-    g = torch.Generator().manual_seed(seed)
-    over, cut, greedy = (torch.rand(400, 4, generator=g) < p for p in (0.15, 0.15, 0.8))
-    length, ended = window_length(over, cut, greedy)
-    for i in range(400):
-        n = length[i].item()
-        assert not over[i, :max(n - 1, 0)].any() and ended[i] == (n > 0 and over[i, n - 1])
-        assert not (cut & ~over)[i, :n].any() and greedy[i, 1:n].all()
-        if n < 4 and not ended[i]: assert cut[i, n] or not greedy[i, n]
-
-def test_a_failed_car_stands_until_the_mini_race_ends():
-    "From the failing step on, −0.06 per decision to the horizon, whatever the time in the mini-race; with standing=None that row is no start at all."
-    b = ReplayBuffer(10, 1, (1, 8, 8), 4)
-    for t in range(10): b.add(image=0, floats=0, action=0, reward=-0.05, terminated=False, truncated=t == 5, failed=t == 5, greedy=True, expert=False)
-    batch, row = sample(b, 300, 1, 1.0, generator=torch.Generator().manual_seed(0)), draw_starts(ends(b, -0.06)[1], 10, 300, 1, torch.Generator().manual_seed(0))[0]
-    at = row == 5
-    assert at.any() and (batch.discount[at] == 0).all() and torch.allclose(batch.reward[at], -0.05 - 0.06 * (139 - batch.floats[at, 0]))
-    assert torch.allclose(batch.reward[~at], torch.tensor(-0.05)) and 5 not in draw_starts(ends(b, None)[1], 10, 300, 1)[0]
-
-def test_buffer_too_short():
-    with pytest.raises(ValueError, match="no window of 3"): sample(ReplayBuffer(10, 2, (1, 8, 8), 4), 4)
-
-def test_starts_cover_the_ring():
-    b = ReplayBuffer(20, 2, (1, 8, 8), 4)
-    for _ in range(33): b.add(image=0, floats=0, action=0, reward=0.0, terminated=False, truncated=False, failed=False, greedy=True, expert=False)
-    row, car = draw_starts(ends(b, None)[1], b.total, 5000, 3, torch.Generator().manual_seed(0))
-    assert set(row.tolist()) == set(range(13, 30)) and set(car.tolist()) == {0, 1}
 
 def test_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"half")

@@ -21,7 +21,7 @@ from ..replays.manifest import meta_states
 from ..tracks.line import ReferenceLine
 from ..world.env import REWARD_PER_M, REWARD_PER_MS, TIME_LIMIT, uniform
 
-# %% ../../nbs/training/60_buffer.ipynb #ca7fc2ab
+# %% ../../nbs/training/60_buffer.ipynb #42ade66e
 @njit(cache=True)
 def held_out(seed, races, share):
     "(n,) bool: whether race number `races[i]` of car `i` is among the `share` kept for testing."
@@ -50,7 +50,8 @@ class ReplayBuffer:
     FIELDS = ("image", "floats", "action", "reward", "terminated", "truncated", "failed", "greedy", "expert")  # of a row, as `add` takes them
 
     def __init__(self, steps, num_envs, image_shape=(1, 64, 64), num_floats=N_FLOATS, device="cpu", float_dtype=torch.float16, test_share=0.0, seed=0):
-        self.steps, self.num_envs, self.total, self.saved, self.test_share, self.seed = steps, num_envs, 0, 0, test_share, seed
+        self.steps, self.num_envs, self.total, self.test_share, self.seed = steps, num_envs, 0, test_share, seed
+        self.saved, self.saves = 0, 0  # rows that `save_rows` has written, in how many files
         make = lambda *shape, dtype: torch.empty((steps, num_envs, *shape), dtype=dtype, device=device)
         self.image, self.floats = make(*image_shape, dtype=torch.uint8), make(num_floats, dtype=float_dtype)
         self.action, self.reward = make(dtype=torch.uint8), make(dtype=torch.float32)
@@ -133,7 +134,7 @@ def window_length(over, cut, greedy, discard_non_greedy=True):
     if discard_non_greedy: length = torch.minimum(length, first(~greedy & (k > 0)))
     return length, end < length
 
-# %% ../../nbs/training/60_buffer.ipynb #3b69dd77
+# %% ../../nbs/training/60_buffer.ipynb #1beb4d4e
 def stack_rows(buffer, row, car, stack):
     "Rows (B, stack) of the last `stack` frames of the states (`row`, `car`), oldest first; none before the first of the race or of the ring."
     before = row[:, None] - torch.arange(1, stack, device=row.device)
@@ -165,7 +166,7 @@ def mini_race_times(size, horizon=140, generator=None, oversample_long=40, overs
     draw = torch.randint(oversample_end - min(oversample_long, horizon), horizon + oversample_end, (size,), generator=generator)
     return (draw.abs() - oversample_end).clamp(min=0)
 
-# %% ../../nbs/training/60_buffer.ipynb #f3f8db14
+# %% ../../nbs/training/60_buffer.ipynb #f5522cd4
 def usable(buffer, standing, test, at=...):
     "Whether windows may begin at the slots `at`: not where a race was cut off, and only in races kept for testing, or only in the others."
     return ~ends(buffer, standing, at)[1] & (buffer.test[at] == test)
@@ -239,35 +240,36 @@ def discounted(gamma, start, end):
     "Sum of gamma ** k over start ≤ k < end, for tensors of whole numbers."
     return (end - start).float() if gamma == 1 else (gamma ** start - gamma ** end) / (1 - gamma)
 
-# %% ../../nbs/training/60_buffer.ipynb #3167c46f
+# %% ../../nbs/training/60_buffer.ipynb #8794393b
 def save_rows(buffer, folder):
-    "Write what was added to `buffer` since its last `save_rows` or `load_rows` to a file in `folder`. Call it before the checkpoint that holds `buffer.total` is written."
-    for first, total, path in row_files(folder):
+    "Write what was added to `buffer` since the last `save_rows` or `load_rows` to a file in `folder`; returns the number of the save, for the checkpoint that is to be written next."
+    for _, _, total, path in row_files(folder):
         if total <= buffer.saved - buffer.steps: path.unlink()
     state = buffer.state_dict(since=buffer.saved)
-    with atomic_path(Path(folder) / f"rows_{state['first']:010d}_{state['total']:010d}.pt") as tmp: torch.save(state, tmp)
-    buffer.saved = buffer.total
+    with atomic_path(Path(folder) / f"rows_{buffer.saves + 1:06d}_{state['first']}_{state['total']}.pt") as tmp: torch.save(state, tmp)
+    buffer.saved, buffer.saves = buffer.total, buffer.saves + 1
+    return buffer.saves
 
 def row_files(folder):
-    "`(first row, row after the last, path)` of the files in `folder`, in the order in which they were written."
-    found = [(*map(int, path.stem.split("_")[1:]), path) for path in Path(folder).glob("rows_*.pt")]
-    return sorted(found, key=lambda f: (f[1], f[0]))
+    "`(number of the save, first row, row after the last, path)` of the files in `folder`, in order."
+    return sorted((*map(int, path.stem.split("_")[1:]), path) for path in Path(folder).glob("rows_*.pt"))
 
-def load_rows(buffer, folder, total):
-    "Restore the `buffer` that had `total` rows when `save_rows` was called; files of later rows are deleted. ValueError when rows are missing."
-    have = max(0, total - buffer.steps)
-    files = [f for f in row_files(folder) if have <= f[1] <= total]
-    for first, until, _ in files: have = max(have, until) if first <= have else have
-    if have < total or not files: raise ValueError(f"{folder}: rows {have} to {total} of the buffer are missing; restore its files, or resume without the buffer")
+def load_rows(buffer, folder, number):
+    "Restore the `buffer` as `save_rows` number `number` saw it; files of later saves are deleted. ValueError when rows are missing."
+    files = [f for f in row_files(folder) if f[0] <= number]
+    if not files or files[-1][0] != number: raise ValueError(f"{folder}: save {number} of the buffer is missing; restore its files, or resume without the buffer")
+    have = max(0, files[-1][2] - buffer.steps)
+    for _, first, until, _ in files: have = max(have, until) if first <= have else have
+    if have < files[-1][2]: raise ValueError(f"{folder}: rows {have} to {files[-1][2]} of the buffer are missing; restore its files, or resume without the buffer")
     for *_, path in files:
         try: state = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as e: raise ValueError(f"{path}: not a part of a buffer ({type(e).__name__}); restore it, or resume without the buffer") from None
         buffer.load_state_dict(state)
-    buffer.saved = total
-    for _, until, path in row_files(folder):
-        if until > total: path.unlink()
+    buffer.saved, buffer.saves = buffer.total, number
+    for n, *_, path in row_files(folder):
+        if n > number: path.unlink()
 
-# %% ../../nbs/training/60_buffer.ipynb #0a629362
+# %% ../../nbs/training/60_buffer.ipynb #d6bdc899
 def add_step(buffer, obs, action, step, greedy=True, expert=False):
     "Store the decisions `action` (num_envs,) made on `obs`, and what the vector env answered to them: `step`. Any end but the finish and the time limit is a failure where infos tell the `end`."
     _, reward, terminated, truncated, info = step
@@ -290,7 +292,7 @@ def fill_policy(buffer, env, policy, decisions, obs, expert=True):
     buffer.cut()
     return obs
 
-# %% ../../nbs/training/60_buffer.ipynb #58ec51ae
+# %% ../../nbs/training/60_buffer.ipynb #3ee46e38
 def recorded_drive(replay, num_floats=N_FLOATS, extras=None):
     "`(first frame that is used, FIELDS from there on without the images, (T, …) each)` of a recorded replay; `extras` (`Replay` → (frames, k)) are appended to the floats. ValueError naming the replay when it lacks something."
     man, where = replay.manifest, replay.folder
@@ -322,7 +324,7 @@ def recorded_rewards(states, line, at, metadata):
     metres = np.append(metres[:n], zone_metres(points)[len(points) - LINE_AFTER])
     return REWARD_PER_MS * np.diff(np.append(at[:n], end_ms)) + REWARD_PER_M * np.diff(metres), True
 
-# %% ../../nbs/training/60_buffer.ipynb #dd3d55d3
+# %% ../../nbs/training/60_buffer.ipynb #2b47f24a
 class Filled(NamedTuple):
     "What `fill_replays` did."
     decisions: int  # stored
