@@ -8,6 +8,7 @@ __all__ = ['BARE', 'RunLog', 'Trainer', 'fresh_recent', 'recent_values', 'evalua
 
 # %% ../../nbs/training/70_iqn.ipynb #f5c9357f
 import csv, hashlib, math, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -57,13 +58,14 @@ BARE = {"Buffer/size": "memory_size", "Gradients/norm_median": "grad_norm_histor
 
 # %% ../../nbs/training/70_iqn.ipynb #a2ea0953
 class Trainer:
-    "The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and learns what is owed."
+    "The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and meanwhile learns what is owed."
     def __init__(self, cfg, tracks):
         self.cfg, self.tracks, self.bf16 = cfg, tracks, resolve_precision(cfg.precision, cfg.device) == "bf16"
         self.learner = Learner(cfg, self.bf16)
         self.env = make_env(tracks, cfg.num_envs, cfg.image_size, cfg.threads, cfg.start)
         self.buffer = ReplayBuffer(math.ceil(cfg.buffer_size / cfg.num_envs), cfg.num_envs, (1, *image_hw(cfg.image_size)), device=cfg.device)
         self.random = {name: torch.Generator().manual_seed(derive_seed(cfg.seed, name)) for name in ("act", "learn")}
+        self.driver = ThreadPoolExecutor(1)  # the world moves here
         self.obs = start(self.env, seed=derive_seed(cfg.seed, "world") % 2 ** 31)
         self.decisions, self.owed, self.active_s = 0, 0.0, 0.0
         self.best_ms = {t.id: 300_000.0 for t in tracks}
@@ -72,11 +74,13 @@ class Trainer:
     def at(self): return self.decisions, self.learner.gradient_steps, self.active_s
     def value(self, name, linear=False): return schedule(getattr(self.cfg, name), self.decisions * self.cfg.schedule_speed, linear)
 
-    def act(self):
-        "One exploring decision of every car, stored."
+    def act(self, meanwhile=lambda: None):
+        "One exploring decision of every car, stored; `meanwhile()` runs while the world moves, and must not touch it."
         q = policy_values(self.learner.net, self.obs, self.cfg.quantiles, self.random["act"], self.cfg.inputs, self.bf16).cpu()
         action, greedy = explore(q, self.value("epsilon"), self.value("epsilon_boltzmann"), self.cfg.tau_boltzmann, self.random["act"])
-        obs, reward, terminated, truncated, info = self.env.step(action.numpy())
+        moving = self.driver.submit(self.env.step, action.numpy())
+        try: meanwhile()
+        finally: obs, reward, terminated, truncated, info = moving.result()  # also after an error: a world on the move can be neither saved nor closed
         self.buffer.add(image=self.obs["image"], floats=self.obs["floats"], action=action, reward=reward.astype(np.float32), terminated=terminated,
                         truncated=truncated, failed=truncated & (info["end"] != TIME_LIMIT), greedy=greedy, expert=False)
         self.obs, self.decisions = {k: v.copy() for k, v in obs.items()}, self.decisions + self.cfg.num_envs
@@ -88,16 +92,19 @@ class Trainer:
         self.recent["races"].append((track, row["metres"], row["finished"]))
         if finished: self.best_ms[track] = min(self.best_ms[track], 1000 * row["time_s"])
 
-    def advance(self):
-        "Act, then take the gradient steps that are owed."
-        start = time.perf_counter()
-        self.act()
-        if len(self.buffer) >= self.cfg.start_learning and self.buffer.total > self.cfg.n_step: self.owed += self.cfg.num_envs * self.cfg.reuse / self.cfg.batch_size
+    def learn_owed(self):
+        "Take the gradient steps that are owed."
         while self.owed >= 1:
             batch = sample(self.buffer, self.cfg.batch_size, self.cfg.n_step, self.value("gamma", True), self.cfg.horizon, self.random["learn"], self.cfg.discard_non_greedy,
                            standing=50 * REWARD_PER_MS if self.cfg.failure == "stand" else None)
             for name, x in zip(("loss", "norm", "q"), self.learner.learn(batch, self.value("learning_rate"), self.random["learn"])): self.recent[name].append(x)
             self.owed -= 1
+
+    def advance(self):
+        "One decision of every car, and meanwhile the gradient steps that are owed."
+        start = time.perf_counter()
+        if len(self.buffer) >= self.cfg.start_learning and self.buffer.total > self.cfg.n_step: self.owed += self.cfg.num_envs * self.cfg.reuse / self.cfg.batch_size
+        self.act(self.learn_owed)
         self.active_s += time.perf_counter() - start
 
     def state_dict(self):
