@@ -11,6 +11,7 @@ __all__ = ['BARE', 'ENTROPY_MIN', 'GAP_MIN', 'LITTLE_EXPLORATION', 'KPI_AXES', '
 
 # %% ../../nbs/training/70_iqn.ipynb #f5c9357f
 import csv, hashlib, math, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -64,7 +65,7 @@ BARE = {"Buffer/size": "memory_size", "Gradients/norm_median": "grad_norm_histor
 
 # %% ../../nbs/training/70_iqn.ipynb #a2ea0953
 class Trainer:
-    """The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and learns what is owed.
+    """The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and meanwhile learns what is owed.
 
     `experts`: a `ReplayBuffer` of expert rows for `expert_share`; `prior`: observations → actions or logits; `aux`: see `Learner`."""
     def __init__(self, cfg, tracks, aux=None, experts=None, prior=None):
@@ -76,6 +77,7 @@ class Trainer:
                                    test_share=cfg.test_share, seed=derive_seed(cfg.seed, "test") % 2 ** 31)
         self.random = {name: torch.Generator().manual_seed(derive_seed(cfg.seed, name)) for name in ("act", "learn", "prior")}
         self.prior = prior or (prior_policy(cfg, self.bf16, self.random["prior"]) if cfg.prior_dir else None)
+        self.driver = ThreadPoolExecutor(1)  # the world moves here
         self.obs = start(self.env, seed=derive_seed(cfg.seed, "world") % 2 ** 31)
         self.decisions, self.owed, self.active_s, self.learning_s, self.warned = 0, 0.0, 0.0, 0.0, False
         self.best_ms = {t.id: 300_000.0 for t in tracks}
@@ -84,13 +86,15 @@ class Trainer:
     def at(self): return self.decisions, self.learner.gradient_steps, self.active_s
     def value(self, name, linear=False): return schedule(getattr(self.cfg, name), self.decisions * self.cfg.schedule_speed, linear)
 
-    def act(self):
-        "One exploring decision of every car, stored."
+    def act(self, meanwhile=lambda: None):
+        "One exploring decision of every car, stored; `meanwhile()` runs while the world moves, and must not touch it."
         q = policy_values(self.learner.net, self.obs, self.cfg.quantiles, self.random["act"], self.cfg.inputs, self.bf16).cpu()
         share = self.value("prior", True) if self.prior else 0.0
         action, greedy = explore(q, self.value("epsilon"), self.value("epsilon_boltzmann"), self.cfg.tau_boltzmann, self.random["act"],
                                  self.prior(self.obs).cpu() if share else None, share)
-        obs, reward, terminated, truncated, info = self.env.step(action.numpy())
+        moving = self.driver.submit(self.env.step, action.numpy())
+        try: meanwhile()
+        finally: obs, reward, terminated, truncated, info = moving.result()  # also after an error: a world on the move can be neither saved nor closed
         if not np.isfinite(reward).all(): raise Diverged(f"decision {self.decisions}: the cars {np.flatnonzero(~np.isfinite(reward)).tolist()} were paid what is not finite")
         self.buffer.add(image=self.obs["image"], floats=self.obs["floats"], action=action, reward=reward.astype(np.float32), terminated=terminated,
                         truncated=truncated, failed=truncated & (info["end"] != TIME_LIMIT), greedy=greedy, expert=False)
@@ -116,14 +120,18 @@ class Trainer:
         longest = self.cfg.horizon if self.cfg.calibrate and not self.learner.gradient_steps else self.cfg.n_step
         return len(self.buffer) >= self.cfg.start_learning and self.buffer.total > longest
 
-    def advance(self):
-        "Act, then take the gradient steps that are owed."
+    def learn_owed(self):
+        "Take the gradient steps that are owed."
         start = time.perf_counter()
-        self.act()
-        acted = time.perf_counter()
-        if self.ready: self.owed += self.cfg.num_envs * self.cfg.reuse / self.cfg.batch_size
         while self.owed >= 1: self.learn(); self.owed -= 1
-        self.active_s, self.learning_s = self.active_s + time.perf_counter() - start, self.learning_s + time.perf_counter() - acted
+        self.learning_s += time.perf_counter() - start
+
+    def advance(self):
+        "One decision of every car, and meanwhile the gradient steps that are owed."
+        start = time.perf_counter()
+        if self.ready: self.owed += self.cfg.num_envs * self.cfg.reuse / self.cfg.batch_size
+        self.act(self.learn_owed)
+        self.active_s += time.perf_counter() - start
 
     @property
     def standing(self): return 50 * REWARD_PER_MS if self.cfg.failure == "stand" else None
