@@ -38,7 +38,9 @@ def encode_jpeg(frame):
 def read_bytes(path):
     "The file's bytes; ValueError naming it when it cannot be read."
     try:
-        with open(path, "rb", buffering=0) as f: return f.read()
+        fd = os.open(path, os.O_RDONLY)  # each call into the system gives up the interpreter's lock, and threads wait: three do for a frame
+        try: return data if len(data := os.read(fd, 1 << 16)) < 1 << 16 else data + b"".join(iter(lambda: os.read(fd, 1 << 20), b""))
+        finally: os.close(fd)
     except OSError as e: raise ValueError(f"{path}: cannot be read: {e.strerror}") from None
 
 def decode_jpeg(data, path="frame", flags=cv2.IMREAD_GRAYSCALE):

@@ -56,7 +56,8 @@ def decode_at(data, path, size=None, interpolation="area"):
     if size is None: return decode_jpeg(data, path)
     (h, w), has = as_size(size), jpeg_size(data)
     k = has[0] // h if has and interpolation == "area" else 0
-    return resize(decode_jpeg(data, path, REDUCED.get(k, cv2.IMREAD_GRAYSCALE) if has == (k * h, k * w) else cv2.IMREAD_GRAYSCALE), (h, w), interpolation)
+    frame = decode_jpeg(data, path, REDUCED.get(k, cv2.IMREAD_GRAYSCALE) if has == (k * h, k * w) else cv2.IMREAD_GRAYSCALE)
+    return frame if frame.shape == (h, w) else resize(frame, (h, w), interpolation)
 
 # %% ../../nbs/replays/50_store.ipynb #5f018101
 class Replay:
