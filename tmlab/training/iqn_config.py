@@ -72,6 +72,8 @@ class TrainConfig(Config):
     bc_margin: float = Field(0.06, gt=0)              # value by which the expert's action should lead: one decision; cross-entropy: its temperature
     expert_dir: Optional[Path] = None                 # folder of replays (maps/img) whose decisions are the expert's
     expert_share: float = Field(0, ge=0, lt=1)        # of every batch, from those
+    warm_start_dir: Optional[Path] = None             # before learning, fill the buffer from this folder of replays (maps/img), or by the greedy policy of the weights1.torch in it
+    warm_start_decisions: int = Field(10_000, ge=1)   # by that policy
     prior_dir: Optional[Path] = None                  # weights1.torch of a network that chooses some of the exploratory actions
     prior: Schedule = "0:0.5"                         # share of the exploratory actions that it chooses; linear between points
     inputs: Literal["all", "pixels", "floats"] = "all"  # pixels: no road ahead, no metres to the finish; floats: no image
@@ -91,6 +93,8 @@ class TrainConfig(Config):
     buffer_size: int = Field(60_000, ge=1)           # decisions kept
     test_share: float = Field(0.05, ge=0, lt=1)       # of the races, kept for testing: never learned from
     start_learning: int = Field(2_000, ge=1)          # decisions before the first gradient step
+    priority_alpha: float = Field(0, ge=0)            # 0: rows are drawn uniformly; else in proportion to the error of their value to this power (Schaul et al. 2016)
+    priority_beta: Schedule = "0:0.4 3000000:1"       # how far importance weights make up for that; linear between points
     n_step: int = Field(10, ge=1)
     horizon: int = Field(140, ge=1)                   # decisions of a mini-race (7 s)
     discard_non_greedy: bool = False                  # an exploratory action ends an n-step window

@@ -205,10 +205,11 @@ class Aux(NamedTuple):
     weight: float
 
 class Step(NamedTuple):
-    "What one gradient step says: mean loss, gradient norm before clipping, mean Q, and `{tag: value}` of whatever else was trained."
+    "What one gradient step says: mean loss, gradient norm before clipping, mean Q, error of each row's mean value (B,), and `{tag: value}` of whatever else was trained."
     loss: float
     norm: float
     q: float
+    error: torch.Tensor
     extra: dict
 
 class Learner:
@@ -252,13 +253,13 @@ class Learner:
         return loss * self.self_loss[1].item() / own
 
     def loss(self, b, generator):
-        "`(loss (B,), Q (K, B, A))` of a batch."
+        "`(loss (B,), Q (K, B, A), error of the mean value (B,))` of a batch."
         with torch.no_grad(): target, tau_target = self.targets(b, b.next_floats, generator)
         tau = draw_tau(len(b.action), self.cfg.quantiles, generator).to(b.image.device)
         q = quantile_values(self.net, *mask_inputs(b.image, b.floats, self.cfg.inputs), tau, self.bf16)
         pred = q[:, torch.arange(len(b.action)), b.action]
         loss = quantile_huber(pred, target, tau.view(len(q), -1), self.cfg.kappa)
-        return self.balance(loss, target, tau_target), q
+        return self.balance(loss, target, tau_target), q, (target.mean(0) - pred.detach().mean(0)).abs()
 
     @torch.no_grad()
     def evaluate_loss(self, b, generator):
@@ -284,7 +285,7 @@ class Learner:
     def learn(self, b, lr, generator, bc_weight=0.0):
         "One step of RAdam on `b`: a `Step`. `Diverged` before anything moved when loss or gradient are not finite, or the loss explodes."
         self.thaw()
-        loss, q = self.loss(b, generator)
+        loss, q, error = self.loss(b, generator)
         more, extra = self.further_losses(b, q, bc_weight)
         mean = sum([loss.detach().mean().item(), *(v for k, v in extra.items() if k.startswith("Training/"))])
         self.opt.zero_grad(set_to_none=True)
@@ -298,7 +299,7 @@ class Learner:
         with torch.no_grad(): torch._foreach_mul_(moving, 1 - lr * self.cfg.weight_decay_ratio)
         self.gradient_steps, self.memories = self.gradient_steps + 1, self.memories + len(b.action)
         self.follow(len(b.action))
-        return Step(loss.detach().mean().item(), norm, q.detach().mean().item(), extra)
+        return Step(loss.detach().mean().item(), norm, q.detach().mean().item(), error, extra)
 
     def diagnosis(self, b, loss, norm, lr):
         "Why learning stopped at this batch, and what helps, as text."
