@@ -7,10 +7,11 @@ import torch
 from tmlab.core.runs import read_json
 from tmlab.evidence.events import read_events
 from tmlab.evidence.kpi import compare, load_runs
-from tmlab.training.iqn import RunLog, read_checkpoint, train_iqn
+from tmlab.training.buffer import load_rows, save_rows
+from tmlab.training.iqn import RunLog, Trainer, read_checkpoint, train_iqn
 from tmlab.training.iqn_config import LINESIGHT, TrainConfig
 from tmlab.training.learner import mask_inputs, quantile_values, resolve_precision
-from tmlab.training.rollout import evaluate
+from tmlab.training.rollout import evaluate, resolve_tracks
 from tmlab.training.weights import export_linesight, load_linesight
 
 TINY = dict(tracks=["flat:1:5"], iqn_embedding_dimension=8, num_envs=8, batch_size=32, total_decisions=1600, start_learning=200, buffer_size=1000, eval_every=800,
@@ -104,3 +105,47 @@ def test_record_shorter_than_checkpoint(tmp_path):
 def test_published_settings_are_accepted():
     cfg = TrainConfig(**LINESIGHT)
     assert cfg.batch_size == 512 and resolve_precision("fp32") == "fp32"
+
+OPTIONS = dict(stack=dict(stack=3), recurrent=dict(stack=2, recurrent=True), extras=dict(extras=["progress"]), no_image=dict(use_image_head=False), no_floats=dict(use_float_head=False),
+               priorities=dict(priority_alpha=0.6), ddqn=dict(ddqn=True))
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_kind_of_network_trains_and_resumes(name, tmp_path):
+    "Losses, actions and priorities of a run taken up from its checkpoint are those of the run that went on; the policy that is evaluated sees what the trained one saw."
+    cfg = TrainConfig(**TINY | OPTIONS[name])
+    trainer = lambda: Trainer(cfg, resolve_tracks(cfg.tracks))
+    a, b = trainer(), trainer()
+    for _ in range(40): a.advance()
+    state, save = a.state_dict(), save_rows(a.buffer, tmp_path)
+    torch.save(state, tmp_path / "state.pt")
+    b.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=False))
+    load_rows(b.buffer, tmp_path, save)
+    for t in (a, b):
+        t.recent["loss"].clear()
+        for _ in range(10): t.advance()
+    assert len(a.recent["loss"]) >= 8 and a.recent["loss"] == b.recent["loss"] and all(np.isfinite(a.recent["loss"]))
+    rows = a.buffer.state_dict(), b.buffer.state_dict()
+    for field in ("action", "reward", "image", "floats", "priority"): assert torch.equal(rows[0][field], rows[1][field]), field
+    assert (a.buffer.priority.unique().numel() > 2) == (name == "priorities")
+    for t in (a, b): t.env.close()
+
+def test_stacked_frames_are_those_of_the_race():
+    "What the policy sees while driving is what is sampled from the buffer later."
+    cfg = TrainConfig(**TINY | dict(stack=3))
+    t, seen = Trainer(cfg, resolve_tracks(cfg.tracks)), []
+    for _ in range(30): seen.append(t.obs["image"].clone()); t.act()
+    b = t.draw(t.buffer, 200, torch.Generator().manual_seed(0))
+    assert torch.equal(b.image, torch.stack(seen)[b.index // cfg.num_envs, b.index % cfg.num_envs])
+    assert (b.image[:, 0] != b.image[:, 2]).any()
+    t.env.close()
+
+def test_warm_start_by_a_policy(whole, tmp_path):
+    "The buffer holds what the network of a folder drives, marked as an expert's, before the first decision is counted."
+    cfg = TrainConfig(**TINY | dict(warm_start_dir=whole.dir, warm_start_decisions=400))
+    t = Trainer(cfg, resolve_tracks(cfg.tracks))
+    assert t.warm_start() == len(t.buffer) == 400 and t.decisions == 0 and t.buffer.expert[:50].all()
+    t.advance()
+    assert not t.buffer.expert[50].any() and t.learner.gradient_steps
+    t.env.close()
+    run = train_iqn(TrainConfig(**TINY | dict(warm_start_dir=whole.dir, warm_start_decisions=400, total_decisions=160), output_dir=tmp_path, run_name="r"))
+    assert logged(run.dir).query("tag == 'Buffer/warm_start_decisions'").value.tolist() == [400]

@@ -145,18 +145,23 @@ class Trainer:
         return sample(buffer, size, n_step or self.cfg.n_step, self.value("gamma", True), self.cfg.horizon, generator, self.cfg.discard_non_greedy and n_step is None,
                       self.standing, self.cfg.stack, test, *((self.cfg.priority_alpha, self.value("priority_beta", True)) if prioritised else ()))
 
+    @property
+    def own_rows(self):
+        "Rows of a batch that are the cars' own; the others are experts'."
+        return self.cfg.batch_size - round(self.cfg.batch_size * self.cfg.expert_share)
+
     def batch(self):
-        "`(what the next gradient step learns from, how many of its rows are the cars' own)`: these first, then the experts' share."
-        experts, g = round(self.cfg.batch_size * self.cfg.expert_share), self.random["learn"]
-        own = self.draw(self.buffer, self.cfg.batch_size - experts, g, prioritised=True)
-        return (Batch(*map(torch.cat, zip(own, self.draw(self.experts, experts, g)))) if experts else own), len(own.action)
+        "What the next gradient step learns from: first the cars' rows, then the experts' share."
+        g, experts = self.random["learn"], self.cfg.batch_size - self.own_rows
+        own = self.draw(self.buffer, self.own_rows, g, prioritised=True)
+        return Batch(*map(torch.cat, zip(own, self.draw(self.experts, experts, g)))) if experts else own
 
     def learn(self):
         "One gradient step."
         if self.cfg.calibrate and not self.learner.gradient_steps: self.calibrate()
-        batch, own = self.batch()
-        step = self.learner.learn(batch, self.value("learning_rate"), self.random["learn"], self.value("bc_weight", True))
-        if self.cfg.priority_alpha: self.buffer.update_priorities(batch.index[:own], step.error[:own])
+        b = self.batch()
+        step = self.learner.learn(b, self.value("learning_rate"), self.random["learn"], self.value("bc_weight", True))
+        if self.cfg.priority_alpha: self.buffer.update_priorities(b.index[:self.own_rows], step.error[:self.own_rows])
         for name in ("loss", "norm", "q"): self.recent[name].append(getattr(step, name))
         for tag, x in step.extra.items(): self.recent["extra"].setdefault(tag, []).append(x)
 
