@@ -149,3 +149,11 @@ def test_warm_start_by_a_policy(whole, tmp_path):
     t.env.close()
     run = train_iqn(TrainConfig(**TINY | dict(warm_start_dir=whole.dir, warm_start_decisions=400, total_decisions=160), output_dir=tmp_path, run_name="r"))
     assert logged(run.dir).query("tag == 'Buffer/warm_start_decisions'").value.tolist() == [400]
+
+def test_the_best_weights_are_kept(whole):
+    "`best/` drives as the best evaluation of the run did, seen through the settings of the run."
+    m = logged(whole.dir)
+    metres = m[m.tag == "Race/eval_metres_trained_flat-1-5s-v2"].groupby("decisions").value.first()
+    assert not m[m.tag.str.contains("eval_race_finished")].value.any()  # so metres decide
+    best = evaluate(whole.dir / "best", episodes=2, quantiles=2, precision="fp32")
+    assert best.metres.mean() == metres.max() and len(metres) == 3

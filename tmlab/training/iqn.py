@@ -7,7 +7,7 @@ __all__ = ['BARE', 'ENTROPY_MIN', 'GAP_MIN', 'LITTLE_EXPLORATION', 'KPI_AXES', '
            'fresh_recent', 'empty_buffer', 'expert_rows', 'told_fill', 'greedy_policy', 'recent_values', 'entropy',
            'policy_problem', 'log_recent', 'evaluation_values', 'evaluate_now', 'run_kpis', 'kpi_marks', 'kpi_row',
            'with_gap', 'identity', 'save_checkpoint', 'remove_rows', 'read_checkpoint', 'train_iqn', 'train_in',
-           'begin', 'train_on', 'tell_refill', 'last_good', 'show_progress', 'finish']
+           'begin', 'evaluate_and_keep', 'score_of', 'train_on', 'tell_refill', 'last_good', 'show_progress', 'finish']
 
 # %% ../../nbs/training/70_iqn.ipynb #f5c9357f
 import csv, hashlib, math, time
@@ -82,7 +82,7 @@ class Trainer:
         self.obs = seen(start(self.env, seed=derive_seed(cfg.seed, "world") % 2 ** 31), cfg.stack)
         self.decisions, self.owed, self.active_s, self.learning_s, self.warned = 0, 0.0, 0.0, 0.0, False
         self.best_ms = {t.id: 300_000.0 for t in tracks}
-        self.recent = fresh_recent()
+        self.best_score, self.recent = (-1.0,), fresh_recent()
 
     def at(self): return self.decisions, self.learner.gradient_steps, self.active_s
     def value(self, name, linear=False): return schedule(getattr(self.cfg, name), self.decisions * self.cfg.schedule_speed, linear)
@@ -209,7 +209,7 @@ class Trainer:
         self.buffer.cut()
         return len(self.buffer) - n
 
-    COUNTERS = ("obs", "decisions", "owed", "active_s", "learning_s", "warned", "best_ms", "recent")
+    COUNTERS = ("obs", "decisions", "owed", "active_s", "learning_s", "warned", "best_ms", "best_score", "recent")
     def state_dict(self):
         "Everything but the rows of the buffer, which `save_rows` keeps."
         return dict(learner=self.learner.state_dict(), world=self.env.snapshot(), random={k: g.get_state() for k, g in self.random.items()},
@@ -413,7 +413,21 @@ def begin(folder, trainer, log):
     "What comes before the first decision: the warm start of the buffer, and what the untrained policy drives."
     remove_rows(folder)
     if trainer.cfg.warm_start_dir: log.add(trainer.at(), [("Buffer/warm_start_decisions", trainer.warm_start())])
-    log.add(trainer.at(), evaluation_values(trainer, evaluate_now(trainer)))
+    evaluate_and_keep(folder, trainer, log)
+
+def evaluate_and_keep(folder, trainer, log):
+    "Evaluate the policy, log it, and keep its weights in `best/` when it is the best so far; returns its episodes."
+    episodes = evaluate_now(trainer)
+    log.add(trainer.at(), evaluation_values(trainer, episodes))
+    if (score := score_of(episodes)) > trainer.best_score:
+        trainer.best_score = score
+        export_linesight(trainer.learner.net, Path(folder) / "best", target=trainer.learner.target)
+    return episodes
+
+def score_of(episodes):
+    "What makes a policy better: the share of episodes that finish, then the mean time of those that do, then metres."
+    time_s = episodes.time_s.mean()
+    return float(episodes.finished.mean()), -math.inf if math.isnan(time_s) else -float(time_s), float(episodes.metres.mean())
 
 def train_on(run, trainer, log, bar):
     "Decide and learn until the budget is spent; log, evaluate and save when it is due. Weights that are not healthy are not saved: the last good ones stay."
@@ -423,7 +437,7 @@ def train_on(run, trainer, log, bar):
         trainer.advance()
         due = lambda every: trainer.decisions // every > before // every
         if due(cfg.log_every): show_progress(bar, trainer); log_recent(trainer, log)
-        if due(cfg.eval_every) and trainer.decisions < cfg.total_decisions: log.add(trainer.at(), evaluation_values(trainer, evaluate_now(trainer)))
+        if due(cfg.eval_every) and trainer.decisions < cfg.total_decisions: evaluate_and_keep(run.dir, trainer, log)
         unsaved = unsaved or due(cfg.save_every)
         if unsaved and trainer.healthy(): save_checkpoint(run.dir, trainer, log, cfg.save_buffer); unsaved = False
         bar.update(trainer.decisions - before)
@@ -449,8 +463,7 @@ def finish(run, trainer, log):
     "Last evaluation, last weights, KPIs and the result of the run; the checkpoint that stays has no buffer. `Diverged` when the last weights are broken."
     if not trainer.healthy(): raise Diverged(f"the loss after the last gradient step, {trainer.learner.gradient_steps}, is not finite or above {trainer.learner.guard.limit:.3g}")
     if trainer.recent["loss"]: log_recent(trainer, log)
-    episodes = evaluate_now(trainer)
-    log.add(trainer.at(), evaluation_values(trainer, episodes))
+    episodes = evaluate_and_keep(run.dir, trainer, log)
     log.close()
     for name, table in (("evaluation.csv", episodes), ("kpis.csv", run_kpis(run.dir, trainer.cfg))):
         with atomic_path(run.dir / name) as tmp: table.to_csv(tmp, index=False)

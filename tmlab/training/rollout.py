@@ -111,9 +111,9 @@ def episode_row(info, i, finished):
 SEEN = ("inputs", "image_size", "iqn_embedding_dimension", "stack", "recurrent", "use_image_head", "use_float_head", "extras")  # settings of what a policy is and sees
 
 def run_config(folder, **changes):
-    "The `TrainConfig` of the run in `folder`, with `changes`. Bare weights: the defaults, no tracks, image size and embedding None (their shapes tell)."
-    path = Path(folder) / "run.json"
-    config = read_json(path)["config"] if path.exists() else {}
+    "The `TrainConfig` of the run in `folder` (or in the one that holds it, as for `best`), with `changes`. Bare weights: the defaults, no tracks, image size and embedding None (their shapes tell)."
+    path = next((p for p in (Path(folder) / "run.json", Path(folder).resolve().parent / "run.json") if p.exists()), None)
+    config = read_json(path)["config"] if path else {}
     if "iqn_embedding_dimension" not in config: config = dict(image_size=None, iqn_embedding_dimension=None, tracks=[])
     if unknown := set(changes) - set(SEEN): raise ValueError(f"{', '.join(sorted(unknown))}: not a setting of what a policy is and sees; these are: {', '.join(SEEN)}")
     return TrainConfig.model_construct(**{k: v for k, v in config.items() if k in TrainConfig.model_fields} | changes)  # as recorded: no environment, and defaults for what an older run did not have
