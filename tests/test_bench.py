@@ -3,7 +3,7 @@ import json, math, os, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest
-from tmlab.bench import CarRacing, Decoding, Parsing, Replaying, attempt, bench_data, bench_world, flat, game_root, record_drive
+from tmlab.bench import CarRacing, Decoding, Parsing, Replaying, attempt, bench_data, bench_iqn, bench_world, flat, game_root, record_drive
 from tmlab.cli import run_command
 from tmlab.tracks.generate import generate_track
 
@@ -111,3 +111,24 @@ def test_the_small_decode_is_true_to_game_frames(real, tmp_path):
 def test_replay_files_of_a01_are_found(real):
     real("replays/stadium")
     assert len(Parsing().paths) >= 8
+
+
+IQN_KEYS = ["grad_steps_per_s_eager", "grad_steps_per_s", "grad_steps_ratio_eager", "grad_steps_ratio_eager_fp32", "train_decisions_per_s", "buffer_bytes_200k", "grad_steps_ratio_eager_gpu", "train_decisions_per_s_gpu"]
+IQN_SMALL = dict(seconds=0.05, repeats=2, threads=1, batch=16, cars=8, quiet=True)
+
+
+def test_learning_is_measured():
+    import torch
+    threads = torch.get_num_threads()
+    figures, text = bench_iqn(**IQN_SMALL)
+    shown = "\n".join(text)
+    assert list(flat(figures)) == IQN_KEYS and torch.get_num_threads() == threads
+    for words in ("median", "≥ 1.50", "≥ 800", "≤ 1,000,000,000", "≥ 3.00", "≥ 20,000", "batch of 16", "8 cars", "cores"): assert words in shown, words
+    for f in figures: assert (f.values > 0).all() if f.why is None else f.values is None and f.why in shown, f
+    ratio = {f.name: f.values for f in figures}
+    assert np.allclose(ratio["grad_steps_ratio_eager"], ratio["grad_steps_per_s"] / ratio["grad_steps_per_s_eager"])
+
+
+@pytest.mark.parametrize("name, value", [("seconds", 0), ("seconds", math.nan), ("repeats", 0), ("batch", 0), ("cars", 0), ("threads", 0)])
+def test_learning_refuses_wrong_options(name, value):
+    with pytest.raises(ValueError, match=name): bench_iqn(**IQN_SMALL | {name: value})

@@ -106,3 +106,20 @@ def test_every_stadium_replay_imports_and_is_sound(tmp_path, real):
     store = ReplayStore(tmp_path / "maps/img")
     assert len(store.replays) == 28 and not store.problems and (store.replays.frame_source == "rendered").all()
     assert tmlab("check", cwd=tmp_path).returncode == 0
+
+def test_train_evaluate(tmp_path):
+    "A run, its best weights, and how they drive; a finished run is not begun again."
+    settings = ["--tracks", '["flat:1:5"]', "--run-name", "r", "--total-decisions", 320, "--num-envs", 8, "--batch-size", 16, "--start-learning", 160, "--buffer-size", 400, "--eval-every", 160,
+                "--eval-episodes", 2, "--log-every", 160, "--use-image-head", "false", "--threads", 1]
+    run = lambda *args: tmlab(*args, cwd=tmp_path)
+    done = run("train", *settings)
+    assert done.returncode == 0 and "decisions/s" in done.stderr, done.stderr
+    assert "finished already" in run("train", *settings).stdout
+    for folder in ("output/train/r", "output/train/r/best"):
+        shown = run("evaluate", folder, "--episodes", 3, "--worst", 2, "--csv", "e.csv", "--reference")
+        assert shown.returncode == 0, shown.stderr
+        assert "of 3 finished" in shown.stdout and "95 % interval" in shown.stdout and shown.stdout.count("worst   episode") == 2
+        assert len((tmp_path / "e.csv").read_text().splitlines()) == 4
+    one_error(run("evaluate", "output/train/r", "--inputs", "smell"), "smell")
+    shutil.copytree(tmp_path / "output/train/r/best", tmp_path / "bare")
+    one_error(run("evaluate", "bare"), "bare", "tracks")

@@ -9,8 +9,8 @@ from tmlab.replays.floats import float_vectors
 from tmlab.tracks.generate import FAMILIES, generate_track
 from tmlab.tracks.track import Track
 from tmlab.world import env as world_env
-from tmlab.world.car import ANG, LATERAL, OFF, POS, S, TIME, VEL
-from tmlab.world.env import BEST_MS, ENDS, FINISH_MS, FINISHED, NO_PROGRESS, OFF_ROAD, PREVIOUS, PROGRESS, RUNNING, TRACK, ZONE, RaceEnv, RaceVectorEnv, thread_count
+from tmlab.world.car import ANG, CHECKPOINT, LATERAL, OFF, POS, S, TIME, VEL, place_car
+from tmlab.world.env import BEST_MS, ENDS, FINISH_MS, FINISHED, NO_PROGRESS, OFF_ROAD, PREVIOUS, PROGRESS, RUNNING, TRACK, ZONE, RaceEnv, RaceVectorEnv, place_on_line, thread_count
 
 ROOT = Path(__file__).parents[1]
 
@@ -424,3 +424,23 @@ if __name__ == "__main__":
     else:
         same, card = on_both(rest[1:], rest[0])
         print(json.dumps([same, card[-3].tolist()]))
+
+
+def test_a_missed_gate_ends_the_race():
+    "Cars that drive on behind a gate they did not drive through get no metres beyond 12 m after it, and are out of the race two seconds later; the others drive on."
+    env = RaceVectorEnv([generate_track(3, "flat", 20)], 8, image_size=None, threads=1)
+    env.reset(seed=0)
+    gates = env.packed.gate_s
+    for i in range(8):
+        place_car(env.rows[i], env.packed, 0, gates[1] + 30.0, 0.0, 0.0, 30.0)
+        place_on_line(env.rows[i], env.packed, env.lines)
+    env.rows[:4, CHECKPOINT] = 1  # the gate of number 1 is still to be driven through
+    ended, metres = np.zeros(8, int), []
+    for _ in range(42):
+        _, _, terminated, truncated, info = env.step(np.zeros(8, int))
+        metres.append(info["progress_m"])
+        now = (ended == 0) & (terminated | truncated)
+        ended[now] = info["end"][now]
+        if (ended[:4] > 0).all(): break
+    assert (ended[:4] == NO_PROGRESS).all() and (ended[4:] == 0).all()
+    assert np.ptp(np.array(metres)[:, :4], axis=0).max() < 1 and (np.array(metres)[-1, 4:] - metres[0][:4].max() > 30).all()

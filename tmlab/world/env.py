@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['WORLD_VERSION', 'ZONE', 'BEST_ZONE', 'BEST_S', 'BEST_MS', 'EPISODE', 'FINISH_MS', 'PREVIOUS', 'N_ROW', 'ENDS',
            'RUNNING', 'FINISHED', 'OFF_ROAD', 'NO_PROGRESS', 'TIME_LIMIT', 'ABOVE_ROAD_M', 'NO_RANDOM', 'RANDOM_START',
-           'ANYWHERE', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS', 'REWARD_PER_M', 'IDLE_MS', 'IDLE_M', 'KEY_CONTROLS',
-           'ACTION_OF_KEYS', 'THREADS_PER_BLOCK', 'MOST_DRAWING', 'uniform', 'mixed', 'LineArrays', 'line_arrays',
-           'on_ribbon', 'road_along_line', 'zone_at', 'section_before', 'place_on_line', 'begin', 'pass_gates',
-           'next_zone', 'zone_back_on_road', 'line_distance', 'is_finite', 'put_back', 'decide', 'distractor_key',
-           'end_of', 'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars',
-           'observe_cars', 'key_controls', 'analog_action', 'analog_actions', 'analog_controls', 'RaceVectorEnv',
-           'wanted_tracks', 'final_of', 'thread_count', 'random_mode', 'cuda_kernels', 'two_of_min_max', 'on_card',
-           'CudaFrames', 'CudaCars', 'RaceEnv']
+           'ANYWHERE', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS', 'REWARD_PER_M', 'IDLE_MS', 'IDLE_M', 'PAST_GATE_M',
+           'PAST_GATE_ZONES', 'KEY_CONTROLS', 'ACTION_OF_KEYS', 'THREADS_PER_BLOCK', 'MOST_DRAWING', 'uniform', 'mixed',
+           'LineArrays', 'line_arrays', 'on_ribbon', 'road_along_line', 'zone_at', 'section_before', 'place_on_line',
+           'begin', 'pass_gates', 'next_gate', 'next_zone', 'zone_back_on_road', 'line_distance', 'is_finite',
+           'put_back', 'decide', 'distractor_key', 'end_of', 'remember', 'observe_car', 'describe_car', 'step_car',
+           'restart_car', 'step_cars', 'restart_cars', 'observe_cars', 'key_controls', 'analog_action',
+           'analog_actions', 'analog_controls', 'RaceVectorEnv', 'wanted_tracks', 'final_of', 'thread_count',
+           'random_mode', 'cuda_kernels', 'two_of_min_max', 'on_card', 'CudaFrames', 'CudaCars', 'RaceEnv']
 
 # %% ../../nbs/world/30_env.ipynb #1677e6f4
 import math, numbers, os
@@ -66,6 +66,7 @@ class LineArrays(NamedTuple):
     per_phase: np.ndarray    # (T,) columns of each of its 20 phases
     finish_m: np.ndarray     # (T,) metres at the line's last own point
     length_m: np.ndarray     # (T,)
+    gate_zone: np.ndarray    # (G,) of all tracks' gates: the zone in which it stands
 
 def line_arrays(tracks, packed):
     "`LineArrays` of `tracks` and their `pack`."
@@ -74,8 +75,9 @@ def line_arrays(tracks, packed):
     ahead, per_phase = zip(*map(road_points, lines))
     metres, road_s = np.concatenate([zone_metres(p) for p in lines]), np.empty(len(packed.line))
     for k in range(len(lines)): road_along_line(packed, k, road_s)
+    gate_zone = [a + LINE_BEFORE + np.searchsorted(road_s[a + LINE_BEFORE:b - LINE_AFTER], packed.gate_s[g:h]) for a, b, g, h in zip(lo[:-1], lo[1:], packed.gate_offset[:-1], packed.gate_offset[1:])]
     return LineArrays(metres, road_s, np.ascontiguousarray(np.concatenate(ahead, axis=1)), np.cumsum([0, *(a.shape[1] for a in ahead[:-1])]),
-                      np.array(per_phase, np.int64), metres[lo[1:] - LINE_AFTER], np.array([t.line.length_m for t in tracks]))
+                      np.array(per_phase, np.int64), metres[lo[1:] - LINE_AFTER], np.array([t.line.length_m for t in tracks]), np.concatenate(gate_zone).astype(np.int64))
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def on_ribbon(T, i, lateral, height):
@@ -159,19 +161,27 @@ def pass_gates(c, T, before):
 # %% ../../nbs/world/30_env.ipynb #e4229815
 REWARD_PER_MS, REWARD_PER_M, IDLE_MS, IDLE_M = -0.0012, 0.01, 2000.0, 0.5
 
+PAST_GATE_M, PAST_GATE_ZONES = 12.0, 24  # how far beyond a gate that it did not drive through a car gets on; upstream's
+
+@njit(**INLINE)
+def next_gate(c, T):
+    "Index, among the gates of all tracks, of the one to drive through next; the finish when all are behind."
+    k = int(c[TRACK])
+    return min(T.gate_offset[k] + int(c[CHECKPOINT]), T.gate_offset[k + 1] - 1)
+
 @njit(**INLINE)
 def next_zone(c, T, L):
-    "The car's zone on the reference line after it moved."
+    "The car's zone on the reference line after it moved: at most `PAST_GATE_M` beyond the next gate."
     k, x, y, z = int(c[TRACK]), c[POS], c[POS + 1], c[POS + 2]
     zone = advance_zone(T.line, T.line_offset[k], T.line_offset[k + 1], int(c[ZONE]), x, y, z)
-    return zone if squared_distance(T.line, zone, x, y, z) <= MAX_ZONE_M2 else zone_back_on_road(c, T, L, zone)
+    if squared_distance(T.line, zone, x, y, z) > MAX_ZONE_M2: zone = zone_back_on_road(c, T, L, zone)
+    return min(zone, L.gate_zone[next_gate(c, T)] + PAST_GATE_ZONES)
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def zone_back_on_road(c, T, L, zone):
-    "The zone at the car's place on the road, before its next gate; or `zone`, when that is too far from the car as well."
+    "The zone at the car's place on the road; or `zone`, when that is too far from the car as well."
     k, x, y, z = int(c[TRACK]), c[POS], c[POS + 1], c[POS + 2]
-    gate = min(T.gate_offset[k] + int(c[CHECKPOINT]), T.gate_offset[k + 1] - 1)
-    found = advance_zone(T.line, T.line_offset[k], T.line_offset[k + 1], zone_at(T, L, k, min(c[S], T.gate_s[gate])), x, y, z)
+    found = advance_zone(T.line, T.line_offset[k], T.line_offset[k + 1], zone_at(T, L, k, min(c[S], T.gate_s[next_gate(c, T)])), x, y, z)
     return found if squared_distance(T.line, found, x, y, z) <= MAX_ZONE_M2 else zone
 
 @njit(**INLINE)
@@ -209,7 +219,7 @@ def decide(c, T, L, P, steer, gas, brake, shaping):
     c[ZONE] = next_zone(c, T, L)
     c[PROGRESS] = metres_in_zone(T.line, L.metres, int(c[ZONE]), c[POS], c[POS + 1], c[POS + 2])
     if c[ZONE] > c[BEST_ZONE]: c[BEST_ZONE], c[BEST_MS] = c[ZONE], c[TIME]
-    if c[S] >= c[BEST_S] + IDLE_M: c[BEST_S], c[BEST_MS] = c[S], c[TIME]
+    if c[BEST_S] + IDLE_M <= c[S] <= T.gate_s[next_gate(c, T)] + PAST_GATE_M: c[BEST_S], c[BEST_MS] = c[S], c[TIME]
     c[SHIFT_STEPS] = c[SHIFT_STEPS] + 1.0 if c[GEARBOX] != 0.0 else 0.0
     if shaping != 0.0: potential = shaping * (line_distance(c, T) - potential)
     until = c[FINISH_MS] if c[FINISH_MS] > 0.0 else c[TIME]
