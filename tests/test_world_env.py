@@ -435,9 +435,10 @@ def test_a_missed_gate_ends_the_race():
         place_car(env.rows[i], env.packed, 0, gates[1] + 30.0, 0.0, 0.0, 30.0)
         place_on_line(env.rows[i], env.packed, env.lines)
     env.rows[:4, CHECKPOINT] = 1  # the gate of number 1 is still to be driven through
-    ended, metres = np.zeros(8, int), []
+    ended, metres, floats = np.zeros(8, int), [], env.observe()["floats"]
     for _ in range(42):
-        _, _, terminated, truncated, info = env.step(np.zeros(8, int))
+        obs, _, terminated, truncated, info = env.step(np.full(8, steer(floats[4:5])[0]))  # all eight drive alike
+        floats = obs["floats"]
         metres.append(info["progress_m"])
         now = (ended == 0) & (terminated | truncated)
         ended[now] = info["end"][now]
