@@ -84,7 +84,7 @@ class TrainConfig(Config):
     use_image_head: bool = True                       # off: no image is rendered, stored or seen
     use_float_head: bool = True                       # off: the image alone, not even the time in the mini-race
     extras: list[Literal["progress"]] = []            # numbers of the world behind the 184 floats; progress: share driven
-    start: Literal["random", "anywhere"] = "random"   # training starts at the line (differing offset, heading, speed), or anywhere on the road
+    start: Literal["random", "anywhere", "flying"] = "random"  # training starts at the line (differing offset, heading, speed), anywhere on the road, or there at up to 80 m/s
     num_envs: int = Field(64, ge=1)                   # cars
     total_decisions: int = Field(48_000, ge=1)        # budget: decisions of 50 ms, all cars together
     max_minutes: Optional[float] = Field(None, gt=0)  # stop earlier by active time; such a run is not reproducible
