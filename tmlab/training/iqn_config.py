@@ -84,13 +84,13 @@ class TrainConfig(Config):
     use_image_head: bool = True                       # off: no image is rendered, stored or seen
     use_float_head: bool = True                       # off: the image alone, not even the time in the mini-race
     extras: list[Literal["progress"]] = []            # numbers of the world behind the 184 floats; progress: share driven
-    start: Literal["random", "anywhere", "flying"] = "random"  # training starts at the line (differing offset, heading, speed), anywhere on the road, or there at up to 80 m/s
+    start: Literal["random", "anywhere", "flying"] = "flying"  # training starts at the line (differing offset, heading, speed), anywhere on the road, or there at up to 80 m/s
     num_envs: int = Field(64, ge=1)                   # cars
     total_decisions: int = Field(48_000, ge=1)        # budget: decisions of 50 ms, all cars together
     max_minutes: Optional[float] = Field(None, gt=0)  # stop earlier by active time; such a run is not reproducible
-    batch_size: int = Field(64, ge=1)
-    reuse: float = Field(4, gt=0)                     # how often a decision is learned from, on average
-    buffer_size: int = Field(60_000, ge=1)           # decisions kept
+    batch_size: int = Field(128, ge=1)
+    reuse: float = Field(8, gt=0)                     # how often a decision is learned from, on average
+    buffer_size: int = Field(200_000, ge=1)          # decisions kept, 4.5 KB each with an image of 64x64
     test_share: float = Field(0.05, ge=0, lt=1)       # of the races, kept for testing: never learned from
     start_learning: int = Field(2_000, ge=1)          # decisions before the first gradient step
     priority_alpha: float = Field(0, ge=0)            # 0: rows are drawn uniformly; else in proportion to the error of their value to this power (Schaul et al. 2016)
@@ -103,13 +103,13 @@ class TrainConfig(Config):
     quantiles: int = Field(8, ge=2, multiple_of=2)
     eval_quantiles: int = Field(32, ge=2, multiple_of=2)
     kappa: float = Field(5e-3, gt=0)
-    polyak_tau: float = Field(0.05, gt=0, le=1)
-    target_every: int = Field(256, ge=1)              # memories learned from between two target updates
-    schedule_speed: float = Field(30, gt=0)
+    polyak_tau: float = Field(0.002, gt=0, le=1)
+    target_every: int = Field(512, ge=1)              # memories learned from between two target updates
+    schedule_speed: float = Field(10, gt=0)           # points of the schedules are upstream's frames: decisions times this
     gamma: Schedule = "0:0.999 1500000:0.999 2500000:1"    # linear between points
-    learning_rate: Schedule = "0:1e-3 3000000:5e-5 12000000:5e-5 15000000:1e-5"  # exponential between points, as the next two
-    epsilon: Schedule = "0:1 50000:1 300000:0.1 3000000:0.03"
-    epsilon_boltzmann: Schedule = "0:0.15 3000000:0.03"
+    learning_rate: Schedule = "0:5e-4 1000000:3e-4 3000000:5e-5"  # exponential between points, as the next two
+    epsilon: Schedule = "0:1 30000:1 200000:0.1 800000:0.02"
+    epsilon_boltzmann: Schedule = "0:0.15 800000:0.02"
     tau_boltzmann: float = 0.01
     weight_decay_ratio: float = Field(0.02, ge=0)     # of the learning rate
     adam_eps: float = 1e-4
@@ -139,7 +139,8 @@ class TrainConfig(Config):
 
 LINESIGHT = dict(image_size=(120, 160), iqn_embedding_dimension=64, batch_size=512, reuse=32, buffer_size=50_000, start_learning=20_000,
                  n_step=3, discard_non_greedy=True,
-                 polyak_tau=0.02, target_every=2048, schedule_speed=1, failure="bootstrap")
+                 polyak_tau=0.02, target_every=2048, failure="bootstrap", schedule_speed=1, learning_rate="0:1e-3 3000000:5e-5 12000000:5e-5 15000000:1e-5",
+                 epsilon="0:1 50000:1 300000:0.1 3000000:0.03", epsilon_boltzmann="0:0.15 3000000:0.03", start="random")
 
 # %% ../../nbs/training/62_iqn_config.ipynb #83863dc5
 def network_options(cfg):
