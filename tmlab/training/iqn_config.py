@@ -86,7 +86,7 @@ class TrainConfig(Config):
     extras: list[Literal["progress"]] = []            # numbers of the world behind the 184 floats; progress: share driven
     start: Literal["random", "anywhere", "flying"] = "flying"  # training starts at the line (differing offset, heading, speed), anywhere on the road, or there at up to 80 m/s
     num_envs: int = Field(64, ge=1)                   # cars
-    total_decisions: int = Field(48_000, ge=1)        # budget: decisions of 50 ms, all cars together
+    total_decisions: int = Field(400_000, ge=1)       # budget: decisions of 50 ms, all cars together
     max_minutes: Optional[float] = Field(None, gt=0)  # stop earlier by active time; such a run is not reproducible
     batch_size: int = Field(128, ge=1)
     reuse: float = Field(8, gt=0)                     # how often a decision is learned from, on average
