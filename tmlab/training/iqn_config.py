@@ -106,8 +106,8 @@ class TrainConfig(Config):
     polyak_tau: float = Field(0.002, gt=0, le=1)
     target_every: int = Field(512, ge=1)              # memories learned from between two target updates
     schedule_speed: float = Field(10, gt=0)           # points of the schedules are upstream's frames: decisions times this
-    gamma: Schedule = "0:0.999 1500000:0.999 2500000:1"    # linear between points
-    learning_rate: Schedule = "0:5e-4 1000000:3e-4 3000000:5e-5"  # exponential between points, as the next two
+    gamma: Schedule = "0:0.999"                         # linear between points
+    learning_rate: Schedule = "0:5e-4 1000000:3e-4 4000000:3e-5"  # exponential between points, as the next two
     epsilon: Schedule = "0:1 30000:1 200000:0.1 800000:0.02"
     epsilon_boltzmann: Schedule = "0:0.15 800000:0.02"
     tau_boltzmann: float = 0.01
@@ -140,7 +140,8 @@ class TrainConfig(Config):
 LINESIGHT = dict(image_size=(120, 160), iqn_embedding_dimension=64, batch_size=512, reuse=32, buffer_size=50_000, start_learning=20_000,
                  n_step=3, discard_non_greedy=True,
                  polyak_tau=0.02, target_every=2048, failure="bootstrap", schedule_speed=1, learning_rate="0:1e-3 3000000:5e-5 12000000:5e-5 15000000:1e-5",
-                 epsilon="0:1 50000:1 300000:0.1 3000000:0.03", epsilon_boltzmann="0:0.15 3000000:0.03", start="random")
+                 epsilon="0:1 50000:1 300000:0.1 3000000:0.03", epsilon_boltzmann="0:0.15 3000000:0.03", start="random",
+                 gamma="0:0.999 1500000:0.999 2500000:1")
 
 # %% ../../nbs/training/62_iqn_config.ipynb #83863dc5
 def network_options(cfg):
