@@ -117,7 +117,7 @@ def remembered(stack, oldest, g):
     image[:, oldest] = torch.where(light, 200, 56).to(torch.uint8)[:, None, None]
     floats = torch.tensor(FLOAT_MEAN, dtype=torch.float32).expand(32, -1).contiguous()
     return Batch(image=image, floats=floats, action=torch.arange(32) % 12, reward=torch.where(light, 1.0, -1.0), next_image=image, next_floats=floats, discount=torch.zeros(32),
-                 expert=torch.zeros(32, dtype=torch.bool)), light
+                 expert=torch.zeros(32, dtype=torch.bool), weight=torch.ones(32), index=torch.arange(32)), light
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("options", [dict(stack=3), dict(stack=3, recurrent=True)], ids=["channels", "lstm"])
@@ -131,17 +131,18 @@ def test_a_policy_learns_from_a_frame_that_is_gone(options, bf16):
     tau = draw_tau(32, 4, g)
     with torch.no_grad(): value = quantile_values(learner.net, batch.image, batch.floats, tau, bf16)[:, torch.arange(32), batch.action].mean(0)
     assert value[light].mean() - value[~light].mean() > 1
-    losses = [l.learn(batch, 1e-3, torch.Generator().manual_seed(1)) for l in (learner, other)]
+    losses = [l.learn(batch, 1e-3, torch.Generator().manual_seed(1)).loss for l in (learner, other)]
     assert losses[0] == losses[1] and all(torch.equal(a, b) for a, b in zip(learner.net.parameters(), other.net.parameters()))
 
-@pytest.mark.parametrize("freeze", [0, -1])
-def test_a_network_without_image_head_learns(freeze):
-    learner, g = Learner(TrainConfig(**SMALL, use_image_head=False, freeze_encoder=freeze)), torch.Generator().manual_seed(0)
+def test_a_network_without_image_head_learns():
+    "It has no encoder that could be frozen, and needs no image."
+    learner, g = Learner(TrainConfig(**SMALL, use_image_head=False)), torch.Generator().manual_seed(0)
     batch = remembered(1, 0, g)[0]
     empty = torch.empty((32, 1, 0, 0), dtype=torch.uint8)
     before = [p.clone() for p in learner.params]
-    for _ in range(2): assert math.isfinite(learner.learn(batch._replace(image=empty, next_image=empty), 1e-3, g)[0])
-    assert learner.encoder == [] and not any(torch.equal(a, b) for a, b in zip(before, learner.params))
+    for _ in range(2): assert math.isfinite(learner.learn(batch._replace(image=empty, next_image=empty), 1e-3, g).loss)
+    assert not any(torch.equal(a, b) for a, b in zip(before, learner.params))
+    with pytest.raises(ValueError, match="no part encoder"): Learner(TrainConfig(**SMALL, use_image_head=False, freeze="encoder:-1"))
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_from_settings_to_disk_and_back(options, tmp_path):

@@ -353,7 +353,7 @@ def test_tags_in_both_families(tmp_path):
 def test_exploring_with_a_prior_policy(tmp_path):
     "With ε = 1 and the prior's share 1, every action is the prior's; where the share has run out, none is asked for."
     start_weights(tmp_path, seed=7)
-    cfg = TrainConfig(**TINY | dict(prior_dir=tmp_path, prior="0:1 40000:1 40001:0"))
+    cfg = TrainConfig(**TINY | dict(prior_dir=tmp_path, prior="0:1 40000:1 40001:0", epsilon="0:1"))
     t = Trainer(cfg, resolve_tracks(cfg.tracks))
     net, asked, policy = load_linesight(tmp_path)[0], [], t.prior
     t.prior = lambda obs: asked.append(t.decisions) or policy(obs)
