@@ -155,5 +155,36 @@ def test_the_best_weights_are_kept(whole):
     m = logged(whole.dir)
     metres = m[m.tag == "Race/eval_metres_trained_flat-1-5s-v2"].groupby("decisions").value.first()
     assert not m[m.tag.str.contains("eval_race_finished")].value.any()  # so metres decide
-    best = evaluate(whole.dir / "best", episodes=2, quantiles=2, precision="fp32")
+    best = evaluate(whole.dir / "best", episodes=2, seed=TrainConfig().eval_seed, quantiles=2, precision="fp32")
     assert best.metres.mean() == metres.max() and len(metres) == 3
+
+def test_a_flying_lap_is_no_best_time():
+    "A car that starts shortly before the finish drives no lap."
+    best = {}
+    for start in ("flying", "random"):
+        cfg = TrainConfig(**TINY | dict(start=start))
+        t = Trainer(cfg, resolve_tracks(cfg.tracks))
+        t.race_over(dict(time_ms=np.full(8, 1500.0), progress_m=np.full(8, 90.0), track=np.zeros(8, int)), 0, True)
+        best[start] = t.best_ms[t.tracks[0].id]
+        t.env.close()
+    assert best == dict(flying=300_000, random=1500)
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(buffer_size=64), "n_step"), (dict(start_learning=5000), "start_learning 5000"), (dict(warm_start_dir="x"), "warm_start_decisions"), (dict(epsilon="0:1 10:0"), "positive"),
+    (dict(expert_dir="x"), "expert_share"), (dict(inputs="floats", use_float_head=False), "see nothing"), (dict(inputs="pixels", use_image_head=False), "see nothing"),
+])
+def test_settings_that_could_not_work_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words): TrainConfig(**TINY | wrong)
+
+def test_a_card_that_is_not_there(tmp_path):
+    if torch.cuda.is_available(): pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="no graphics card"): train_iqn(TrainConfig(**TINY | dict(device="cuda"), output_dir=tmp_path, run_name="r"))
+    assert not list(tmp_path.iterdir())
+
+def test_what_the_buffer_begins_with_is_part_of_the_run(whole, tmp_path):
+    "Warm starts from different folders, and a prior from the same, are different runs."
+    from tmlab.training.iqn import identity
+    (tmp_path / "m/t/r").mkdir(parents=True); (tmp_path / "m/t/r/manifest.json").write_text("[]")
+    settings = [dict(), dict(warm_start_dir=whole.dir), dict(prior_dir=whole.dir), dict(warm_start_dir=tmp_path / "m")]
+    kept = [identity(cfg := TrainConfig(**TINY | dict(warm_start_decisions=400) | s), resolve_tracks(cfg.tracks)) for s in settings]
+    assert all(a != b for i, a in enumerate(kept) for b in kept[:i])

@@ -385,7 +385,7 @@ def test_expert_rows_from_replays(tmp_path, capsys):
     rows = pd.read_csv(run.dir / "metrics.csv")
     assert "expert decisions of 2 replays" in capsys.readouterr().out and {"Training/loss_bc", "RL/expert_agreement"} <= set(rows.tag)
     with pytest.raises(ValueError, match="no row would be imitated"): train_iqn(TrainConfig(**kw | dict(bc_weight="0:1"), output_dir=tmp_path, run_name="s"))
-    with pytest.raises(ValueError, match="no such folder"): train_iqn(TrainConfig(**kw | dict(expert_dir=tmp_path / "none"), output_dir=tmp_path, run_name="s"))
+    with pytest.raises(ValueError, match="no such folder"): train_iqn(TrainConfig(**kw | dict(expert_dir=tmp_path / "none", expert_share=0.5), output_dir=tmp_path, run_name="s"))
 
 
 def test_loss_of_races_kept_for_testing(tmp_path):

@@ -196,7 +196,7 @@ def evaluate(argv):
     p.add_argument("weights", help="run directory, or a folder with weights1.torch")
     p.add_argument("--tracks", nargs="+", help="track folders, or family:seed:seconds; default: those of the run")
     p.add_argument("--episodes", type=int, default=100, help="episodes per track")
-    p.add_argument("--seed", type=int, default=1_000_003, help="of the episodes; training seeds are small, so that no episode is one that was trained on")
+    p.add_argument("--seed", type=int, default=2_000_003, help="of the episodes: others than those trained on, and than those by which best/ was chosen")
     p.add_argument("--starts", default="random", choices=["random", "rest", "anywhere"], help="at the line with differing offset, heading and speed; at rest, as a race; anywhere on the road")
     p.add_argument("--inputs", choices=["all", "pixels", "floats"], help="what the agent was trained to see; default: as the run says")
     p.add_argument("--worst", type=int, default=3, help="how many of the worst episodes are named")
@@ -207,7 +207,9 @@ def evaluate(argv):
     from tmlab.training.rollout import evaluate, evaluation_report, reference_times, run_config
     specs = a.tracks or run_config(a.weights).tracks
     episodes = evaluate(a.weights, specs, a.episodes, a.seed, starts=a.starts, **(dict(inputs=a.inputs) if a.inputs else {}))
-    print(evaluation_report(episodes, reference_times(specs, a.reference), a.worst))
+    references = reference_times(specs, a.reference)
+    rest = evaluate(a.weights, specs, 1, a.seed, starts="rest", **(dict(inputs=a.inputs) if a.inputs else {})) if references else None
+    print(evaluation_report(episodes, references, rest, a.worst))
     if a.csv:
         with atomic_path(a.csv) as tmp: episodes.to_csv(tmp, index=False)
         print(a.csv)

@@ -351,7 +351,8 @@ def lay(buffer, length, start, replay, first, row):
     "Put one drive behind the first `start` decisions of pieces of `length`, one per car; returns where it ends."
     n = len(row["reward"])
     if start >= length * buffer.num_envs: return start + n
-    row = row | dict(image=replay.images(tuple(buffer.image.shape[3:]))[first:, None])
+    size = tuple(buffer.image.shape[3:])
+    row = row | dict(image=(replay.images(size)[:, None] if all(size) else np.empty((len(replay), 1, 0, 0), np.uint8))[first:])
     place = np.arange(start, min(start + n, length * buffer.num_envs))
     for piece in np.split(place, np.flatnonzero(place[1:] % length == 0) + 1):
         part = piece - start

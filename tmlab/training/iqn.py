@@ -26,7 +26,7 @@ from ..replays.store import ReplayStore
 from .buffer import Batch, ReplayBuffer, add_step, fill_replays, load_rows, row_files, sample, save_rows, usable_rows
 from .iqn_config import TrainConfig, network_options, schedule
 from .learner import Diverged, Learner, calibrate, part_files, potential, resolve_precision
-from .rollout import episode_row, explore, make_env, policy_values, resolve_tracks, rollout, seen, start, summary
+from .rollout import episode_row, explore, make_env, policy_values, resolve_tracks, rollout, run_config, seen, start, summary
 from .weights import WEIGHTS, export_linesight, load_linesight
 from ..world.env import REWARD_PER_MS
 
@@ -69,7 +69,7 @@ class Trainer:
     """The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and meanwhile learns what is owed.
 
     `experts`: a `ReplayBuffer` of expert rows for `expert_share`; `prior`: what is `seen` → actions or logits; `aux`: see `Learner`.
-    `env`: another vector of `num_envs` cars with gymnasium's same-step autoreset, whose observations and infos are named as those of `RaceVectorEnv`."""
+    `env`: another vector of `num_envs` cars with gymnasium's same-step autoreset, whose observations, infos, `snapshot` and `restore` are as those of `RaceVectorEnv`."""
     def __init__(self, cfg, tracks, aux=None, experts=None, prior=None, env=None):
         if cfg.expert_share and experts is None: raise ValueError(f"expert_share is {cfg.expert_share}, but there are no expert rows; set expert_dir")
         self.cfg, self.tracks, self.bf16 = cfg, tracks, resolve_precision(cfg.precision, cfg.device) == "bf16"
@@ -116,7 +116,7 @@ class Trainer:
         "Note the race of car `i`."
         row, track = episode_row(info, i, finished), self.tracks[int(info["track"][i])].id
         self.recent["races"].append((track, row["metres"], row["finished"]))
-        if finished: self.best_ms[track] = min(self.best_ms[track], 1000 * row["time_s"])
+        if finished and self.cfg.start == "random": self.best_ms[track] = min(self.best_ms[track], 1000 * row["time_s"])  # others begin on the way
 
     @property
     def ready(self):
@@ -241,13 +241,14 @@ def told_fill(buffer, folder, extras):
     "`fill_replays` from a folder of replays, saying what was used; returns the decisions stored."
     if extras: raise ValueError(f"replays hold no extras ({', '.join(extras)}): learn from {folder} without them, or fill the buffer with `fill_replays`, which takes a function that returns them")
     filled = fill_replays(buffer, ReplayStore(folder))
-    print(f"{filled.decisions} expert decisions of {filled.replays} replays; {len(filled.refused)} replays refused", *(": ".join(r) for r in filled.refused[:1]))
+    print(f"{filled.decisions} expert decisions of {filled.replays} replays; {len(filled.refused)} replays refused" + (f"; no room for {filled.left_over} more decisions" if filled.left_over else ""), *(": ".join(r) for r in filled.refused[:1]))
     return filled.decisions
 
 def greedy_policy(folder, cfg, bf16, generator):
     "What is `seen` → greedy actions of the network in `folder`."
-    net = load_linesight(folder, **network_options(cfg) | dict(iqn_embedding_dimension=None))[0].to(cfg.device)
-    return lambda obs: policy_values(net, obs, cfg.quantiles, generator, cfg.inputs, bf16).argmax(1)
+    net, own = load_linesight(folder, **network_options(cfg) | dict(iqn_embedding_dimension=None))[0].to(cfg.device), run_config(folder)
+    inputs = own.inputs if own.tracks else cfg.inputs  # a run says what its network was trained to see
+    return lambda obs: policy_values(net, obs, cfg.quantiles, generator, inputs, bf16).argmax(1)
 
 # %% ../../nbs/training/70_iqn.ipynb #aae92960
 def recent_values(trainer):
@@ -340,7 +341,7 @@ def kpi_row(r, axis, mark):
                 best_s=s["best_fin"], first_finish=s["first"])
 
 def with_gap(kpis, reference_s):
-    "`kpis` with the column `gap`: best time over the reference time {track: seconds}, minus 1; NaN where there is none."
+    "`kpis` with the column `gap`: best time over the reference time {track: seconds}, minus 1; NaN where there is none. The evaluation's races begin at up to 20 m/s, the reference from rest: below a true gap."
     return kpis.assign(gap=kpis.best_s / kpis.track.map(reference_s) - 1)
 
 # %% ../../nbs/training/70_iqn.ipynb #f91cd9dc
@@ -348,9 +349,10 @@ def identity(cfg, tracks, aux=None, experts=None, prior=None):
     "What decides the result of a run, as a dict: settings without those of place and speed, the content of tracks, weights and expert rows, further heads, the precision."
     keep = cfg.model_dump(mode="json", exclude={"output_dir", "run_name", "threads", "save_every", "save_buffer", "init_dir", "prior_dir", "expert_dir", "warm_start_dir"})
     files = part_files(cfg.init_dir, cfg.init_parts) if cfg.init_dir else []
-    for folder in (cfg.prior_dir, cfg.warm_start_dir): files += [path] if folder and (path := Path(folder) / WEIGHTS[0]).exists() else []
+    weights_or_replays = lambda folder: [path] if (path := Path(folder) / WEIGHTS[0]).exists() else sorted(Path(folder).rglob("manifest.json"))
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     given = dict(aux=aux and {k: [str(a.module), a.loss.__qualname__, a.weight] for k, a in aux.items()}, prior=prior and prior.__qualname__,
+                 **{k: [digest(f.read_bytes()) for f in weights_or_replays(folder)] for k in ("prior_dir", "warm_start_dir") if (folder := getattr(cfg, k))},
                  experts=experts and [digest(x.cpu().numpy().tobytes()) for x in experts.state_dict().values() if torch.is_tensor(x)])
     return keep | dict(precision=resolve_precision(cfg.precision, cfg.device), track_hashes=[t.hash for t in tracks],
                        init=[digest(f.read_bytes()) for f in files]) | {k: v for k, v in given.items() if v}
@@ -384,11 +386,11 @@ def train_iqn(cfg, aux=None, experts=None, prior=None):
 
     A finished run is returned as it is; an unfinished one goes on from its last checkpoint, with the results it would have had. ValueError for bad settings, `Diverged` for a run that broke."""
     tracks = resolve_tracks(cfg.tracks)
-    if cfg.init_dir or cfg.freeze: Learner(cfg)  # what does not fit is said before a directory is taken
+    Learner(cfg, resolve_precision(cfg.precision, cfg.device) == "bf16")  # what does not fit is said before a directory is taken
     if cfg.threads: torch.set_num_threads(cfg.threads)
     if cfg.expert_dir and experts is None: experts = expert_rows(cfg)
     with open_run(cfg.output_dir, identity(cfg, tracks, aux, experts, prior), cfg.run_name) as run:
-        if run.finished: print(f"{run.dir} is finished already")
+        if run.finished: remove_rows(run.dir); print(f"{run.dir} is finished already")
         else: train_in(run, Trainer(cfg, tracks, aux, experts, prior))
     return run
 
@@ -470,4 +472,4 @@ def finish(run, trainer, log):
     export_linesight(trainer.learner.net, run.dir, target=trainer.learner.target)
     run.finish(decisions=trainer.decisions, gradient_steps=trainer.learner.gradient_steps, active_seconds=round(trainer.active_s, 1),
                tracks=[t.id for t in trainer.tracks], best_ms=trainer.best_ms, **summary(episodes))
-    save_checkpoint(run.dir, trainer, log, buffer=False)  # last: a kill before this line resumes from the whole one
+    save_checkpoint(run.dir, trainer, log, buffer=False)

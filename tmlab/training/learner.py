@@ -48,8 +48,9 @@ def quantile_values(net, image, floats, tau, bf16=False):
 
 def resolve_precision(precision, device="cpu"):
     "`bf16` or `fp32`; `auto` takes bf16 where the processor multiplies it natively."
+    if device.startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device '{device}': torch finds no graphics card here; use device='cpu'")
     if precision != "auto": return precision
-    if device.startswith("cuda"): return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.startswith("cuda"): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
 

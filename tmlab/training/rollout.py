@@ -118,7 +118,7 @@ def run_config(folder, **changes):
     if unknown := set(changes) - set(SEEN): raise ValueError(f"{', '.join(sorted(unknown))}: not a setting of what a policy is and sees; these are: {', '.join(SEEN)}")
     return TrainConfig.model_construct(**{k: v for k, v in config.items() if k in TrainConfig.model_fields} | changes)  # as recorded: no environment, and defaults for what an older run did not have
 
-def evaluate(folder, tracks=None, episodes=16, seed=1_000_003, quantiles=32, precision="auto", device="cpu", starts="random", **settings):
+def evaluate(folder, tracks=None, episodes=16, seed=2_000_003, quantiles=32, precision="auto", device="cpu", starts="random", **settings):
     """`rollout` of the `weights1.torch` in `folder` on `tracks` (folders, specs or `Track` objects).
 
     In a run directory network, inputs and tracks are the run's where `settings` (of `SEEN`) and `tracks` do not say otherwise. `starts`: see `make_env`."""
@@ -147,17 +147,19 @@ def reference_times(specs, find=False):
         if kept or find: out[track.id] = load_reference(spec) if kept else reference_time(track)
     return out
 
-def evaluation_report(episodes, references={}, k=3):
-    "Text for people: per track of `episodes` finish rate with interval, times, gap to its reference (where `references` has one), the `k` worst episodes."
-    return "\n".join(line for track, e in episodes.groupby("track", sort=False) for line in track_report(track, e, references.get(track), k))
+def evaluation_report(episodes, references={}, rest=None, k=3):
+    "Text for people: per track of `episodes` finish rate with interval, times, the `k` worst episodes; and the gap of the races `rest`, which begin at rest as the references do."
+    at_rest = lambda track: None if rest is None else rest[rest.track == track]
+    return "\n".join(line for track, e in episodes.groupby("track", sort=False) for line in track_report(track, e, references.get(track), at_rest(track), k))
 
-def track_report(track, episodes, reference, k):
+def track_report(track, episodes, reference, rest, k):
     "Lines of `evaluation_report` for one track."
     s, lines = summary(episodes), []
     lines.append(f"{track}: {episodes.finished.sum()} of {s['n']} finished, {100 * s['finish_rate']:.0f} % (95 % interval {100 * s['finish_low']:.0f} to {100 * s['finish_high']:.0f} %), {s['metres']:.0f} m on average")
     if s["best_s"]: lines.append(f"  time    best {s['best_s']:.2f} s, median {s['median_s']:.2f} s, mean {s['mean_s']:.2f} s")
-    if s["best_s"] and reference:
-        gap = lambda t: f"{100 * (t / reference.seconds - 1):+.1f} %"
-        lines.append(f"  gap     best {gap(s['best_s'])}, median {gap(s['median_s'])} of the reference {reference.seconds:.2f} s ({reference.by}, version {reference.version}; no lap is below {reference.lower_bound:.2f} s)")
+    if reference and rest is not None:
+        time_s = rest.time_s.min()
+        lines.append("  gap     from rest " + (f"{time_s:.2f} s, {100 * (time_s / reference.seconds - 1):+.1f} %" if rest.finished.any() else f"not finished, {rest.metres.max():.0f} m") +
+                     f"; the reference takes {reference.seconds:.2f} s ({reference.by}, version {reference.version}), and no lap is below {reference.lower_bound:.2f} s")
     for e in worst(episodes, k).itertuples(): lines.append(f"  worst   episode {e.episode}: " + (f"{e.time_s:.2f} s" if e.finished else f"not finished, {e.metres:.0f} m in {e.driven_s:.1f} s"))
     return lines

@@ -19,7 +19,7 @@ from .learner import Learner, quantile_huber, resolve_precision
 def driven(cfg, decisions=2_000):
     "A `Trainer` of `cfg` on a hilly track of 20 s whose cars have driven `decisions`, without learning."
     t = Trainer(cfg, [generate_track(1, "hilly", 20)])
-    while len(t.buffer) < decisions: t.act()
+    while len(t.buffer) < decisions or t.buffer.total <= cfg.n_step: t.act()
     return t
 
 def rate(work, seconds, per_call=1):
@@ -96,8 +96,9 @@ def measured(batch, cars, threads):
         for f in closing: f()
         torch.set_num_threads(before)
     add("", batch_size=batch, num_envs=cars, reuse=4)
-    try: add("_gpu", **on_gpu())
+    try: gpu = on_gpu()
     except ValueError as e: whys = dict.fromkeys([f"{name}_gpu" for name in measures], str(e))
+    else: add("_gpu", **gpu)
     return measures, whys, resolve_precision("auto"), close
 
 # %% ../../nbs/training/72_speed.ipynb #cec61523
