@@ -110,7 +110,7 @@ def test_every_stadium_replay_imports_and_is_sound(tmp_path, real):
 def test_train_evaluate(tmp_path):
     "A run, its best weights, and how they drive; a finished run is not begun again."
     settings = ["--tracks", '["flat:1:5"]', "--run-name", "r", "--total-decisions", 320, "--num-envs", 8, "--batch-size", 16, "--start-learning", 160, "--buffer-size", 400, "--eval-every", 160,
-                "--eval-episodes", 2, "--log-every", 160, "--use-image-head", "false", "--threads", 1]
+                "--eval-episodes", 2, "--log-every", 160, "--no-use-image-head", "--threads", 1]
     run = lambda *args: tmlab(*args, cwd=tmp_path)
     done = run("train", *settings)
     assert done.returncode == 0 and "decisions/s" in done.stderr, done.stderr

@@ -25,7 +25,7 @@ RESULTS = ["output/pretrain/vis/ae/metrics.csv"]
 
 def curves(folder):
     "What the learners logged, but for times: the rows of both metrics.csv."
-    return {p.parent.name: pd.read_csv(p)[["decisions", "gradient_steps", "tag", "value"]].query("not tag.str.startswith('Performance/')")
+    return {p.parent.name: pd.read_csv(p)[["decisions", "gradient_steps", "tag", "value"]].query("not tag.str.contains('Performance/|_hours|_duration')")
             for p in sorted(Path(folder, "demo/output/train").glob("*/metrics.csv"))}
 
 @pytest.fixture(scope="module")

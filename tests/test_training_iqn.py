@@ -1,4 +1,4 @@
-"Training that is killed, resumed, given bad input; the buffer against its definition."
+"Training that is killed, resumed, given bad input."
 import os, signal, subprocess, sys, time
 import numpy as np
 import pandas as pd
@@ -7,18 +7,21 @@ import torch
 from tmlab.core.runs import read_json
 from tmlab.evidence.events import read_events
 from tmlab.evidence.kpi import compare, load_runs
-from tmlab.training.buffer import ReplayBuffer, draw_starts, ends, sample, window_length
-from tmlab.training.iqn import LINESIGHT, RunLog, TrainConfig, evaluate, read_checkpoint, resolve_precision, train_iqn
+from tmlab.training.buffer import load_rows, save_rows
+from tmlab.training.iqn import RunLog, Trainer, read_checkpoint, train_iqn
+from tmlab.training.iqn_config import LINESIGHT, TrainConfig
+from tmlab.training.learner import mask_inputs, quantile_values, resolve_precision
+from tmlab.training.rollout import evaluate, resolve_tracks
 from tmlab.training.weights import export_linesight, load_linesight
 
 TINY = dict(tracks=["flat:1:5"], iqn_embedding_dimension=8, num_envs=8, batch_size=32, total_decisions=1600, start_learning=200, buffer_size=1000, eval_every=800,
             eval_episodes=2, eval_quantiles=2, log_every=80, save_every=160, schedule_speed=500, precision="fp32", threads=1)
-CHILD = "import sys; from tmlab.training.iqn import *; train_iqn(TrainConfig(output_dir=sys.argv[1], run_name='r', **eval(sys.argv[2])))"
+CHILD = "import sys; from tmlab.training.iqn import TrainConfig, train_iqn; train_iqn(TrainConfig(output_dir=sys.argv[1], run_name='r', **eval(sys.argv[2])))"
 
 def logged(folder):
     "The record without measured times."
     rows = pd.read_csv(folder / "metrics.csv")
-    return rows[~rows.tag.str.contains("_per_s|active_seconds")][["decisions", "gradient_steps", "tag", "value"]].reset_index(drop=True)
+    return rows[~rows.tag.str.contains("_per_s|active_seconds|_hours|_percentage_|_duration")][["decisions", "gradient_steps", "tag", "value"]].reset_index(drop=True)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -82,7 +85,6 @@ def test_starts_from_weights_exactly_or_not_at_all(whole, tmp_path):
 
 @pytest.mark.parametrize("inputs", ["pixels", "floats"])
 def test_unseen_inputs_do_not_matter(inputs):
-    from tmlab.training.iqn import mask_inputs, quantile_values
     from tmlab.models.iqn import IQN, draw_tau
     torch.manual_seed(0)
     net, tau, g = IQN(iqn_embedding_dimension=8), draw_tau(3, 4), torch.Generator().manual_seed(0)
@@ -91,36 +93,6 @@ def test_unseen_inputs_do_not_matter(inputs):
     changed = floats.clone(); changed[:, 62:183] += 1
     assert torch.equal(value(image, floats), value(255 - image, floats)) == (inputs == "floats")
     assert torch.equal(value(image, floats), value(image, changed)) == (inputs == "pixels")
-
-@pytest.mark.parametrize("seed", range(5))
-def test_windows_never_cross_a_race(seed):
-    "Random flags: a window holds the end of a race only as its last step, never a cut, and an exploratory action only as its first."
-    g = torch.Generator().manual_seed(seed)
-    over, cut, greedy = (torch.rand(400, 4, generator=g) < p for p in (0.15, 0.15, 0.8))
-    length, ended = window_length(over, cut, greedy)
-    for i in range(400):
-        n = length[i].item()
-        assert not over[i, :max(n - 1, 0)].any() and ended[i] == (n > 0 and over[i, n - 1])
-        assert not (cut & ~over)[i, :n].any() and greedy[i, 1:n].all()
-        if n < 4 and not ended[i]: assert cut[i, n] or not greedy[i, n]
-
-def test_a_failed_car_stands_until_the_mini_race_ends():
-    "From the failing step on, −0.06 per decision to the horizon, whatever the time in the mini-race; with standing=None that row is no start at all."
-    b = ReplayBuffer(10, 1, (1, 8, 8), 4)
-    for t in range(10): b.add(image=0, floats=0, action=0, reward=-0.05, terminated=False, truncated=t == 5, failed=t == 5, greedy=True, expert=False)
-    batch, row = sample(b, 300, 1, 1.0, generator=torch.Generator().manual_seed(0)), draw_starts(ends(b, -0.06)[1], 10, 300, 1, torch.Generator().manual_seed(0))[0]
-    at = row == 5
-    assert at.any() and (batch.discount[at] == 0).all() and torch.allclose(batch.reward[at], -0.05 - 0.06 * (139 - batch.floats[at, 0]))
-    assert torch.allclose(batch.reward[~at], torch.tensor(-0.05)) and 5 not in draw_starts(ends(b, None)[1], 10, 300, 1)[0]
-
-def test_buffer_too_short():
-    with pytest.raises(ValueError, match="no window of 3"): sample(ReplayBuffer(10, 2, (1, 8, 8), 4), 4)
-
-def test_starts_cover_the_ring():
-    b = ReplayBuffer(20, 2, (1, 8, 8), 4)
-    for _ in range(33): b.add(image=0, floats=0, action=0, reward=0.0, terminated=False, truncated=False, failed=False, greedy=True, expert=False)
-    row, car = draw_starts(ends(b, None)[1], b.total, 5000, 3, torch.Generator().manual_seed(0))
-    assert set(row.tolist()) == set(range(13, 30)) and set(car.tolist()) == {0, 1}
 
 def test_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
@@ -133,3 +105,86 @@ def test_record_shorter_than_checkpoint(tmp_path):
 def test_published_settings_are_accepted():
     cfg = TrainConfig(**LINESIGHT)
     assert cfg.batch_size == 512 and resolve_precision("fp32") == "fp32"
+
+OPTIONS = dict(stack=dict(stack=3), recurrent=dict(stack=2, recurrent=True), extras=dict(extras=["progress"]), no_image=dict(use_image_head=False), no_floats=dict(use_float_head=False),
+               priorities=dict(priority_alpha=0.6), ddqn=dict(ddqn=True))
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_kind_of_network_trains_and_resumes(name, tmp_path):
+    "Losses, actions and priorities of a run taken up from its checkpoint are those of the run that went on; the policy that is evaluated sees what the trained one saw."
+    cfg = TrainConfig(**TINY | OPTIONS[name])
+    trainer = lambda: Trainer(cfg, resolve_tracks(cfg.tracks))
+    a, b = trainer(), trainer()
+    for _ in range(40): a.advance()
+    state, save = a.state_dict(), save_rows(a.buffer, tmp_path)
+    torch.save(state, tmp_path / "state.pt")
+    b.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=False))
+    load_rows(b.buffer, tmp_path, save)
+    for t in (a, b):
+        t.recent["loss"].clear()
+        for _ in range(10): t.advance()
+    assert len(a.recent["loss"]) >= 8 and a.recent["loss"] == b.recent["loss"] and all(np.isfinite(a.recent["loss"]))
+    rows = a.buffer.state_dict(), b.buffer.state_dict()
+    for field in ("action", "reward", "image", "floats", "priority"): assert torch.equal(rows[0][field], rows[1][field]), field
+    assert (a.buffer.priority.unique().numel() > 2) == (name == "priorities")
+    for t in (a, b): t.env.close()
+
+def test_stacked_frames_are_those_of_the_race():
+    "What the policy sees while driving is what is sampled from the buffer later."
+    cfg = TrainConfig(**TINY | dict(stack=3))
+    t, seen = Trainer(cfg, resolve_tracks(cfg.tracks)), []
+    for _ in range(30): seen.append(t.obs["image"].clone()); t.act()
+    b = t.draw(t.buffer, 200, torch.Generator().manual_seed(0))
+    assert torch.equal(b.image, torch.stack(seen)[b.index // cfg.num_envs, b.index % cfg.num_envs])
+    assert (b.image[:, 0] != b.image[:, 2]).any()
+    t.env.close()
+
+def test_warm_start_by_a_policy(whole, tmp_path):
+    "The buffer holds what the network of a folder drives, marked as an expert's, before the first decision is counted."
+    cfg = TrainConfig(**TINY | dict(warm_start_dir=whole.dir, warm_start_decisions=400))
+    t = Trainer(cfg, resolve_tracks(cfg.tracks))
+    assert t.warm_start() == len(t.buffer) == 400 and t.decisions == 0 and t.buffer.expert[:50].all()
+    t.advance()
+    assert not t.buffer.expert[50].any() and t.learner.gradient_steps
+    t.env.close()
+    run = train_iqn(TrainConfig(**TINY | dict(warm_start_dir=whole.dir, warm_start_decisions=400, total_decisions=160), output_dir=tmp_path, run_name="r"))
+    assert logged(run.dir).query("tag == 'Buffer/warm_start_decisions'").value.tolist() == [400]
+
+def test_the_best_weights_are_kept(whole):
+    "`best/` drives as the best evaluation of the run did, seen through the settings of the run."
+    m = logged(whole.dir)
+    metres = m[m.tag == "Race/eval_metres_trained_flat-1-5s-v2"].groupby("decisions").value.first()
+    assert not m[m.tag.str.contains("eval_race_finished")].value.any()  # so metres decide
+    best = evaluate(whole.dir / "best", episodes=2, seed=TrainConfig().eval_seed, quantiles=2, precision="fp32")
+    assert best.metres.mean() == metres.max() and len(metres) == 3
+
+def test_a_flying_lap_is_no_best_time():
+    "A car that starts shortly before the finish drives no lap."
+    best = {}
+    for start in ("flying", "random"):
+        cfg = TrainConfig(**TINY | dict(start=start))
+        t = Trainer(cfg, resolve_tracks(cfg.tracks))
+        t.race_over(dict(time_ms=np.full(8, 1500.0), progress_m=np.full(8, 90.0), track=np.zeros(8, int)), 0, True)
+        best[start] = t.best_ms[t.tracks[0].id]
+        t.env.close()
+    assert best == dict(flying=300_000, random=1500)
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(buffer_size=64), "n_step"), (dict(start_learning=5000), "start_learning 5000"), (dict(warm_start_dir="x"), "warm_start_decisions"), (dict(epsilon="0:1 10:0"), "positive"),
+    (dict(expert_dir="x"), "expert_share"), (dict(inputs="floats", use_float_head=False), "see nothing"), (dict(inputs="pixels", use_image_head=False), "see nothing"),
+])
+def test_settings_that_could_not_work_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words): TrainConfig(**TINY | wrong)
+
+def test_a_card_that_is_not_there(tmp_path):
+    if torch.cuda.is_available(): pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="no graphics card"): train_iqn(TrainConfig(**TINY | dict(device="cuda"), output_dir=tmp_path, run_name="r"))
+    assert not list(tmp_path.iterdir())
+
+def test_what_the_buffer_begins_with_is_part_of_the_run(whole, tmp_path):
+    "Warm starts from different folders, and a prior from the same, are different runs."
+    from tmlab.training.iqn import identity
+    (tmp_path / "m/t/r").mkdir(parents=True); (tmp_path / "m/t/r/manifest.json").write_text("[]")
+    settings = [dict(), dict(warm_start_dir=whole.dir), dict(prior_dir=whole.dir), dict(warm_start_dir=tmp_path / "m")]
+    kept = [identity(cfg := TrainConfig(**TINY | dict(warm_start_decisions=400) | s), resolve_tracks(cfg.tracks)) for s in settings]
+    assert all(a != b for i, a in enumerate(kept) for b in kept[:i])

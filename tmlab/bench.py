@@ -7,7 +7,7 @@ __all__ = ['SEED', 'RUN_IN', 'TIMED', 'Drive', 'GPU_CARS', 'Figure', 'N_STACK', 
            'record_drive', 'Replaying', 'CarRacing', 'Recording', 'attempt', 'on_gpu', 'variants', 'in_turns',
            'figures_of', 'flat', 'number', 'verdict', 'table', 'profile_of', 'machine', 'bench_world', 'Loading',
            'pil_frame', 'Decoding', 'game_root', 'Parsing', 'Opening', 'folder_bytes', 'data_variants', 'data_figures',
-           'data_about', 'data_profile', 'bench_data']
+           'data_about', 'data_profile', 'bench_data', 'iqn_figures', 'bench_iqn']
 
 # %% ../nbs/15_bench.ipynb #4cb30e76
 import hashlib, math, os, platform, shutil, tempfile, time
@@ -407,3 +407,34 @@ def bench_data(seconds=1.0, repeats=5, threads=None, replays=80, opened=1000, qu
         figures, profile = data_figures(results, whys, once, opened, threads), data_profile(results, threads)
     finally: shutil.rmtree(work, ignore_errors=True)
     return figures, [*data_about(once, seconds, load), "", *table(figures), "", *profile]
+
+# %% ../nbs/15_bench.ipynb #7dbcdde5
+def iqn_figures(results, whys, precision, bytes_200k, batch, cars, threads):
+    "The `Figure`s of `tmlab bench iqn`, from the results of each round."
+    get, ratio = results.get, lambda a, b: results[a] / results[b] if a in results and b in results else None
+    on = f"{threads} thread{'s' * (threads > 1)}"
+    return [Figure("grad_steps_per_s_eager", f"gradient steps/s of a straightforward float32 loop, batch of {batch}, {on}", get("eager"), None),
+            Figure("grad_steps_per_s", f"gradient steps/s of the learner in {precision}, batches drawn anew", get(precision), None),
+            Figure("grad_steps_ratio_eager", "the second line over the first", ratio(precision, "eager"), 1.5),
+            Figure("grad_steps_ratio_eager_fp32", "the same with the learner in float32", ratio("fp32", "eager"), None),
+            Figure("train_decisions_per_s", f"decisions/s of driving and learning together, {cars} cars, each learned from 4 times", get("whole"), 800),
+            Figure("buffer_bytes_200k", "bytes of a replay buffer of 200,000 frames of 64x64", np.array([bytes_200k]), 1e9, at_most=True),
+            Figure("grad_steps_ratio_eager_gpu", "the third line on the graphics card, batch of 4,096", ratio("bf16_gpu", "eager_gpu"), 3, whys.get("bf16_gpu")),
+            Figure("train_decisions_per_s_gpu", "decisions/s of driving and learning together on the graphics card, 1,024 cars", get("whole_gpu"), 20_000, whys.get("whole_gpu"))]
+
+def bench_iqn(seconds=2.0, repeats=5, threads=None, batch=512, cars=64, quiet=False):
+    "(`Figure`s, lines of text) of learning: every measurement `repeats` times for `seconds`; `threads` None: two, or one where there is one core. ValueError for bad arguments."
+    from tmlab.training.iqn_config import TrainConfig
+    from tmlab.training.speed import buffer_bytes, measured
+    if not (math.isfinite(seconds) and seconds > 0): raise ValueError(f"seconds {seconds}: a number above 0")
+    for name, n in dict(repeats=repeats, batch=batch, cars=cars).items():
+        if n < 1: raise ValueError(f"{name} {n}: a whole number from 1 on")
+    threads, load = thread_count(min(2, thread_count(None)) if threads is None else threads), os.getloadavg()[0]
+    measures, whys, precision, close = measured(batch, cars, threads)
+    try:
+        in_turns(measures, min(seconds, 0.2), 1)
+        with progress(total=repeats * len(measures), desc="measuring", unit="run", disable=quiet) as bar: results = in_turns(measures, seconds, repeats, bar)
+    finally: close()
+    figures = iqn_figures(results, whys, precision, buffer_bytes(TrainConfig()), batch, cars, threads)
+    about = f"{processor()}, {os.cpu_count()} cores; load average {load:.1f} when it began, {os.getloadavg()[0]:.1f} at the end; Python {platform.python_version()}, torch {version('torch')}; every measurement {seconds:g} s long, in turns"
+    return figures, [about, "", *table(figures)]

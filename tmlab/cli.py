@@ -184,24 +184,35 @@ def inject(argv):
 @command
 def train(argv):
     "Train an IQN agent in the world."
-    from tmlab.training.iqn import TrainConfig, train_iqn
+    from tmlab.training.iqn import train_iqn
+    from tmlab.training.iqn_config import TrainConfig
     run = train_iqn(configured(TrainConfig, argv, "train"))
     print(run.dir)
 
 @command
 def evaluate(argv):
-    "Drive a trained agent greedily with frozen weights and print finish rate and times."
+    "Drive a trained agent greedily with frozen weights: finish rate with its interval, times, gap to the reference, worst episodes."
     p = parser("evaluate")
-    p.add_argument("weights", help="folder with weights1.torch")
-    p.add_argument("--tracks", nargs="+", required=True, help="track folders, or family:seed:seconds")
-    p.add_argument("--episodes", type=int, default=16, help="episodes per track")
-    p.add_argument("--seed", type=int, default=1_000_003, help="of the episodes; training seeds are small, so that no episode is one that was trained on")
-    p.add_argument("--inputs", default="all", choices=["all", "pixels", "floats"], help="what the agent was trained to see")
+    p.add_argument("weights", help="run directory, or a folder with weights1.torch")
+    p.add_argument("--tracks", nargs="+", help="track folders, or family:seed:seconds; default: those of the run")
+    p.add_argument("--episodes", type=int, default=100, help="episodes per track")
+    p.add_argument("--seed", type=int, default=2_000_003, help="of the episodes: others than those trained on, and than those by which best/ was chosen")
+    p.add_argument("--starts", default="random", choices=["random", "rest", "anywhere"], help="at the line with differing offset, heading and speed; at rest, as a race; anywhere on the road")
+    p.add_argument("--inputs", choices=["all", "pixels", "floats"], help="what the agent was trained to see; default: as the run says")
+    p.add_argument("--worst", type=int, default=3, help="how many of the worst episodes are named")
+    p.add_argument("--reference", action="store_true", help="find the reference times of tracks that keep none (up to half a minute each), for the gap")
+    p.add_argument("--csv", help="also write every episode to this file")
     a = p.parse_args(argv)
-    from tmlab.training.iqn import evaluate, summary
-    episodes = evaluate(a.weights, a.tracks, episodes=a.episodes, seed=a.seed, inputs=a.inputs)
-    print(episodes.to_string(index=False))
-    for track, e in episodes.groupby("track"): print(track, summary(e))
+    from tmlab.core.runs import atomic_path
+    from tmlab.training.rollout import evaluate, evaluation_report, reference_times, run_config
+    specs = a.tracks or run_config(a.weights).tracks
+    episodes = evaluate(a.weights, specs, a.episodes, a.seed, starts=a.starts, **(dict(inputs=a.inputs) if a.inputs else {}))
+    references = reference_times(specs, a.reference)
+    rest = evaluate(a.weights, specs, 1, a.seed, starts="rest", **(dict(inputs=a.inputs) if a.inputs else {})) if references else None
+    print(evaluation_report(episodes, references, rest, a.worst))
+    if a.csv:
+        with atomic_path(a.csv) as tmp: episodes.to_csv(tmp, index=False)
+        print(a.csv)
 
 # %% ../nbs/20_cli.ipynb #aeccadf7
 @command
@@ -266,7 +277,7 @@ def demo(argv):
 
 @command
 def bench(argv):
-    "Measure speed beside the targets: `tmlab bench world` the simulator, its frames and the writing of replays, `tmlab bench data` the way from files to batches."
+    "Measure speed beside the targets: `tmlab bench world` the simulator, its frames and the writing of replays, `tmlab bench data` the way from files to batches, `tmlab bench iqn` the agent."
     p = parser("bench")
     suites = p.add_subparsers(dest="suite", required=True)
     def suite(name, about, **counts):
@@ -278,11 +289,12 @@ def bench(argv):
         for option, (n, what) in counts.items(): s.add_argument(f"--{option}", type=int, default=n, help=what)
     suite("world", "the simulator, its frames and the writing of replays", cars=(1024, "cars at once"), tracks=(64, "number of different hilly tracks"))
     suite("data", "the way from files to batches", replays=(80, "drives of 20 s in the caches"), opened=(1000, "replays in the store that is opened"))
+    suite("iqn", "gradient steps, and driving and learning together", batch=(512, "rows of a gradient step"), cars=(64, "cars at once"))
     a = vars(p.parse_args(argv))
     import json
-    from tmlab.bench import bench_data, bench_world, flat
+    from tmlab.bench import bench_data, bench_iqn, bench_world, flat
     as_json = a.pop("json")
-    figures, text = dict(world=bench_world, data=bench_data)[a.pop("suite")](**a)
+    figures, text = dict(world=bench_world, data=bench_data, iqn=bench_iqn)[a.pop("suite")](**a)
     for f in figures:
         if f.values is None: print(f"{f.name}: {f.why}", file=sys.stderr)
     print(json.dumps(flat(figures)) if as_json else "\n".join(text))

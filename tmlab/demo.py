@@ -26,7 +26,7 @@ class Scale:
 
 SCALES = dict(
     smoke=Scale(tracks=(("flat", 1, 12), ("flat", 2, 12), ("hilly", 3, 15), ("hilly", 4, 15), ("technical", 5, 15), ("fast", 6, 15)), replays=4, epochs=8,
-                train=dict(total_decisions=64_000, eval_every=16_000, eval_episodes=16), race=("flat", 1, 12)),
+                train=dict(total_decisions=32_000, eval_every=8_000, eval_episodes=16), race=("flat", 1, 12)),
     tiny=Scale(tracks=(("flat", 1, 6), ("hilly", 3, 6)), replays=2, epochs=2, train=dict(total_decisions=1_536, start_learning=512, eval_every=768, eval_episodes=4, save_every=512, batch_size=64), race=("flat", 1, 6), val_fraction=0.5, real=False))
 
 # %% ../nbs/30_demo.ipynb #86e0f77d
@@ -58,7 +58,8 @@ def inject_encoder(root, scale):
 def train_agent(name):
     "The stage that trains arm `name`: A_scratch, or B1_ae which starts from the injected pair. Nothing else differs."
     def stage(root, scale):
-        from tmlab.training.iqn import TrainConfig, train_iqn
+        from tmlab.training.iqn import train_iqn
+        from tmlab.training.iqn_config import TrainConfig
         kind, seed, seconds = scale.race
         init = str(root / "output/pretrain/vis/ae") if name == "B1_ae" else None
         with train_iqn(TrainConfig(tracks=[f"{kind}:{seed}:{seconds}"], output_dir=str(root / "output/train"), run_name=name, seed=0, init_dir=init,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREFIX', 'WEIGHTS', 'USUAL_SIZES', 'read_weights', 'write_weights', 'image_size_of', 'network_of', 'check_weights',
-           'export_linesight', 'load_linesight', 'read_encoder', 'agent_encoder', 'InjectConfig', 'trained_pixels',
-           'agent_pair', 'overwritten', 'inject', 'inject_options', 'inject_notes']
+           'options_seen', 'export_linesight', 'load_linesight', 'read_encoder', 'agent_encoder', 'InjectConfig',
+           'trained_pixels', 'agent_pair', 'overwritten', 'inject', 'inject_options', 'inject_notes']
 
 # %% ../../nbs/training/20_weights.ipynb #c37a8382
 from pathlib import Path
@@ -47,14 +47,15 @@ def image_size_of(length):
         if encoder_dim(size) == length: return size
     raise ValueError(f"no usual image size gives {length} image features; pass image_size=(height, width)")
 
-def network_of(state, image_size=None, path="weights"):
-    "The untrained `IQN` whose shapes `state` has. ValueError, naming `path` and the tensor, when there is none."
-    for k in ("float_feature_extractor.0.weight", "A_head.0.weight", "iqn_fc.0.weight"):
+def network_of(state, image_size=None, path="weights", **options):
+    "The untrained `IQN` whose shapes `state` has, with these `options` of `IQN`. ValueError, naming `path` and the tensor, when there is none."
+    images, floats = (options.get(f"use_{k}_head", True) for k in ("image", "float"))
+    for k in ["float_feature_extractor.0.weight"] * floats + ["A_head.0.weight", "iqn_fc.0.weight"]:
         if k not in state or state[k].ndim != 2: raise ValueError(f"{path}: lacks a matrix {k}: not an IQN; it holds {', '.join(list(state)[:4])}…")
-    hidden, (half, dim) = len(state["float_feature_extractor.0.weight"]), state["A_head.0.weight"].shape
-    try: size = image_hw(image_size) if image_size else image_size_of(dim - hidden)
+    hidden, (half, dim) = len(state["float_feature_extractor.0.weight"]) if floats else 0, state["A_head.0.weight"].shape
+    try: size = image_hw(image_size) if image_size else image_size_of(dim - hidden) if images else None
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
-    return IQN(size, state["iqn_fc.0.weight"].shape[1], float_hidden_dim=hidden, dense_hidden_dimension=2 * half)
+    return IQN(size, state["iqn_fc.0.weight"].shape[1], float_hidden_dim=hidden, dense_hidden_dimension=2 * half, **options)
 
 def check_weights(state, net, path="weights"):
     "ValueError that names every tensor of `state` that is missing, unknown, of another shape than in `net`, or not finite."
@@ -64,6 +65,13 @@ def check_weights(state, net, path="weights"):
     out += [f"{k} holds a value that is not finite" for k, v in state.items() if not torch.isfinite(v).all()]
     if out: raise ValueError(f"{path}: " + "; ".join(out[:6]) + (f"; and {len(out) - 6} more" if len(out) > 6 else ""))
 
+def options_seen(state):
+    "Options of `IQN` that the tensors of `state` give away; those of upstream's network have none."
+    first, wide = (state[k].shape[1] if k in state and state[k].ndim > 1 else None for k in ("img_head.0.weight", "float_feature_extractor.0.weight"))
+    has = lambda part: any(k.startswith(part) for k in state)
+    seen = dict(use_image_head=has("img_head."), use_float_head=has("float_feature_extractor."), recurrent=has("lstm."), stack=first or 1, extras=(wide or 184) - 184)
+    return {k: v for k, v in seen.items() if v != dict(use_image_head=True, use_float_head=True, recurrent=False, stack=1, extras=0)[k]}
+
 # %% ../../nbs/training/20_weights.ipynb #7c1a5d4e
 def export_linesight(iqn, dir, prefix="", target=None):
     "Write `weights1.torch` (iqn) and `weights2.torch` (`target`, or iqn again) into `dir`; prefix '' or '_orig_mod.'. Returns the two paths."
@@ -71,18 +79,23 @@ def export_linesight(iqn, dir, prefix="", target=None):
     for path, net in zip(paths, (iqn, iqn if target is None else target)): write_weights(path, getattr(net, "_orig_mod", net).state_dict(), prefix)
     return paths
 
-def load_linesight(dir, image_size=None, iqn_embedding_dimension=None):
+def load_linesight(dir, image_size=None, iqn_embedding_dimension=None, **options):
     """(online, target): the `IQN`s of `weights1.torch` and `weights2.torch`, with or without prefix.
 
-    The arguments are checked where given and read off the shapes where not. ValueError names the file and every tensor that does not fit."""
+    Size and embedding are checked where given and read off the shapes where not; a network that is not upstream's needs its `options` (stack, recurrent, use_image_head,
+    use_float_head, extras). ValueError names the file and every tensor that does not fit."""
     nets = []
     for name in WEIGHTS:
         path = Path(dir) / name
         state, _ = read_weights(path)
-        net = network_of(state, image_size, path)
+        try:
+            net = network_of(state, image_size, path, **options)
+            check_weights(state, nets[0] if nets else net, path)  # both files must be of one network
+        except ValueError as e:
+            other = [f"{k}={v}" for k, v in options_seen(state).items() if options.get(k) != v]
+            raise ValueError(f"{e}. These look like weights of a network with {', '.join(other)}: ask for that" if other else str(e)) from None
         want = iqn_embedding_dimension
         if want and want != net.iqn_embedding_dimension: raise ValueError(f"{path}: iqn_embedding_dimension is {net.iqn_embedding_dimension}, expected {want}")
-        check_weights(state, nets[0] if nets else net, path)  # both files must be of one network
         net.load_state_dict(state, strict=True)
         nets.append(net)
     return tuple(nets)

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['WORLD_VERSION', 'ZONE', 'BEST_ZONE', 'BEST_S', 'BEST_MS', 'EPISODE', 'FINISH_MS', 'PREVIOUS', 'N_ROW', 'ENDS',
            'RUNNING', 'FINISHED', 'OFF_ROAD', 'NO_PROGRESS', 'TIME_LIMIT', 'ABOVE_ROAD_M', 'NO_RANDOM', 'RANDOM_START',
-           'ANYWHERE', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS', 'REWARD_PER_M', 'IDLE_MS', 'IDLE_M', 'PAST_GATE_M',
-           'PAST_GATE_ZONES', 'KEY_CONTROLS', 'ACTION_OF_KEYS', 'THREADS_PER_BLOCK', 'MOST_DRAWING', 'uniform', 'mixed',
-           'LineArrays', 'line_arrays', 'on_ribbon', 'road_along_line', 'zone_at', 'section_before', 'place_on_line',
-           'begin', 'pass_gates', 'next_gate', 'next_zone', 'zone_back_on_road', 'line_distance', 'is_finite',
-           'put_back', 'decide', 'distractor_key', 'end_of', 'remember', 'observe_car', 'describe_car', 'step_car',
-           'restart_car', 'step_cars', 'restart_cars', 'observe_cars', 'key_controls', 'analog_action',
-           'analog_actions', 'analog_controls', 'RaceVectorEnv', 'wanted_tracks', 'final_of', 'thread_count',
-           'random_mode', 'cuda_kernels', 'two_of_min_max', 'on_card', 'CudaFrames', 'CudaCars', 'RaceEnv']
+           'ANYWHERE', 'FLYING', 'START_MPS', 'FLYING_MPS', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS', 'REWARD_PER_M',
+           'IDLE_MS', 'IDLE_M', 'PAST_GATE_M', 'PAST_GATE_ZONES', 'KEY_CONTROLS', 'ACTION_OF_KEYS', 'THREADS_PER_BLOCK',
+           'MOST_DRAWING', 'uniform', 'mixed', 'LineArrays', 'line_arrays', 'on_ribbon', 'road_along_line', 'zone_at',
+           'section_before', 'place_on_line', 'begin', 'pass_gates', 'next_gate', 'next_zone', 'zone_back_on_road',
+           'line_distance', 'is_finite', 'put_back', 'decide', 'distractor_key', 'end_of', 'remember', 'observe_car',
+           'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars', 'observe_cars', 'key_controls',
+           'analog_action', 'analog_actions', 'analog_controls', 'RaceVectorEnv', 'wanted_tracks', 'final_of',
+           'thread_count', 'random_mode', 'cuda_kernels', 'two_of_min_max', 'on_card', 'CudaFrames', 'CudaCars',
+           'RaceEnv']
 
 # %% ../../nbs/world/30_env.ipynb #1677e6f4
 import math, numbers, os
@@ -109,7 +110,8 @@ def zone_at(T, L, track, s):
     return lo
 
 # %% ../../nbs/world/30_env.ipynb #f1983c62
-NO_RANDOM, RANDOM_START, ANYWHERE = 0, 1, 2
+NO_RANDOM, RANDOM_START, ANYWHERE, FLYING = 0, 1, 2, 3
+START_MPS, FLYING_MPS = 20.0, 80.0  # the highest speed of a random start
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def section_before(T, track, s):
@@ -135,11 +137,11 @@ def place_on_line(c, T, L):
 def begin(c, T, L, track, seed, car, episode, random_start):
     "Put car number `car` at the start of its `episode` on `track`."
     s, lateral, heading, speed = T.start_s[track], 0.0, 0.0, 0.0
-    if random_start == ANYWHERE: s += 0.9 * uniform(seed, car, episode, 3) * (T.finish_s[track] - s)
+    if random_start >= ANYWHERE: s += 0.9 * uniform(seed, car, episode, 3) * (T.finish_s[track] - s)
     if random_start != NO_RANDOM:
         lateral = (uniform(seed, car, episode, 0) - 0.5) * T.half_width[section_before(T, track, s)]
         heading = (uniform(seed, car, episode, 1) - 0.5) * 0.28
-        speed = uniform(seed, car, episode, 2) * 20.0
+        speed = uniform(seed, car, episode, 2) * (FLYING_MPS if random_start == FLYING else START_MPS)
     place_car(c, T, track, s, lateral, heading, speed)
     c[EPISODE] = episode
     place_on_line(c, T, L)
@@ -329,7 +331,7 @@ class RaceVectorEnv(VectorEnv):
     """`num_envs` cars on `tracks` (one Track or a list). Car i drives track (i + episode) modulo their number unless `reset(options={"track": …})` says otherwise.
 
     `image_size` (height, width), None: no images. `action_mode` "keys": (n,) 0 … 11, "analog": (n, 3) steer, gas, brake. `extras`: scalars beside the floats ("progress": share driven).
-    `threads`: of the machine's cores by default. `random_start`: False, True, or "anywhere". `distractors` 0 … 3: see `render`. `shaping`: reward per metre of distance to the line (Linesight −0.1).
+    `threads`: of the machine's cores by default. `random_start`: False, True, "anywhere", or "flying" (anywhere, at up to 80 m/s). `distractors` 0 … 3: see `render`. `shaping`: reward per metre of distance to the line (Linesight −0.1).
     A car whose episode ended begins the next one in the same step; infos describe the step just taken; `final_obs` and `final_info` hold what the ended cars saw last. Every step returns new arrays."""
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": [], "render_fps": 20}
 
@@ -478,9 +480,9 @@ def thread_count(threads):
     return int(threads)
 
 def random_mode(random_start):
-    "0, 1 or 2 for False, True, 'anywhere'."
-    modes = {False: NO_RANDOM, True: RANDOM_START, "anywhere": ANYWHERE}
-    if random_start not in modes: raise ValueError(f"random_start {random_start!r}: False, True or 'anywhere'")
+    "0 … 3 for False, True, 'anywhere', 'flying'."
+    modes = {False: NO_RANDOM, True: RANDOM_START, "anywhere": ANYWHERE, "flying": FLYING}
+    if random_start not in modes: raise ValueError(f"random_start {random_start!r}: False, True, 'anywhere' or 'flying'")
     return modes[random_start]
 
 # %% ../../nbs/world/30_env.ipynb #9ff9f88b

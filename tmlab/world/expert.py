@@ -12,7 +12,7 @@ __all__ = ['STYLES', 'DECISION_S', 'NOT_LOST', 'LEEWAY', 'BRAKES', 'STEEP', 'SLI
            'time_left', 'Cars', 'new_beam', 'cell_of', 'branch', 'rank', 'keep_best', 'Found', 'search_lap',
            'walk_back', 'drive_actions', 'ReferenceTime', 'search_reference', 'driven_offsets', 'reference_time',
            'reference_path', 'save_reference', 'read_reference', 'load_reference', 'wait_for_lock', 'offer_lap',
-           'finish_row', 'reference_row', 'survey', 'rate_interval', 'quartiles', 'survey_summary']
+           'finish_row', 'reference_row', 'survey', 'quartiles', 'survey_summary']
 
 # %% ../../nbs/world/40_expert.ipynb #015787b4
 import csv, math, time
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from numba import njit
 from ..core.runs import lock_file, progress, read_json, utc_now, write_json
+from ..evidence.stats import rate_interval
 from ..replays.floats import COLUMN, INLINE, N_FLOATS, pack_rows
 from ..tracks.generate import VERSION as GENERATOR, FAMILIES, generate_track
 from ..tracks.track import Track, pack
@@ -677,12 +678,6 @@ def survey(what, path, families=tuple(FAMILIES), n=10, seconds=LENGTHS_S, first_
     return list(csv.DictReader(open(path)))
 
 # %% ../../nbs/world/40_expert.ipynb #1f29eb39
-def rate_interval(k, n):
-    "n, rate k / n and its 95 % Wilson interval."
-    z = 1.96
-    middle, half = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return dict(n=int(n), rate=round(k / n, 4), low=round(middle - half, 4), high=round(middle + half, 4))
-
 def quartiles(x):
     "n, median and quartiles of `x`."
     low, median, high = np.quantile(x, [0.25, 0.5, 0.75])
