@@ -11,6 +11,9 @@ import hashlib
 import torch
 from torch import nn
 
+# %% ../../nbs/models/10_encoder.ipynb #6aa1ae63
+[f(torch.ones(1)) for f in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.tanh)];  # MKL chooses its routines; see the notebook
+
 # %% ../../nbs/models/10_encoder.ipynb #7dee3f0c
 CONVS = ((16, 4, 2), (32, 4, 2), (64, 3, 2), (32, 3, 1))  # out channels, kernel, stride; no padding
 
