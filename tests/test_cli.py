@@ -120,6 +120,9 @@ def test_train_evaluate(tmp_path):
         assert shown.returncode == 0, shown.stderr
         assert "of 3 finished" in shown.stdout and "95 % interval" in shown.stdout and shown.stdout.count("worst   episode") == 2
         assert len((tmp_path / "e.csv").read_text().splitlines()) == 4
-    one_error(run("evaluate", "output/train/r", "--inputs", "smell"), "smell")
+    one_error(run("evaluate", "output/train/r", "--set", "inputs=smell"), "smell")
     shutil.copytree(tmp_path / "output/train/r/best", tmp_path / "bare")
     one_error(run("evaluate", "bare"), "bare", "tracks")
+    bare = lambda *settings: run("evaluate", "bare", "--tracks", "flat:1:5", "--episodes", 2, "--set", *settings)
+    one_error(bare("stack"), "NAME=VALUE"); one_error(bare("stak=4"), "--stack"); one_error(bare("stack=x"), "stack"); one_error(bare("use_image_head=true"), "use_image_head=False")
+    assert "of 2 finished" in bare("use_image_head=false", "inputs=floats").stdout

@@ -49,6 +49,11 @@ def test_a_failed_car_stands_until_the_mini_race_ends():
     at = batch.index == 5
     assert at.any() and (batch.discount[at] == 0).all() and torch.allclose(batch.reward[at], -0.05 - 0.06 * (139 - batch.floats[at, 0]))
     assert torch.allclose(batch.reward[~at], torch.tensor(-0.05)) and 5 not in draw_starts(b, 300, 1, None)[0]
+    costly = sample(b, 300, 3, 0.9, generator=seeded(0), penalty=-10.0).reward - sample(b, 300, 3, 0.9, generator=seeded(0)).reward
+    steps = 6 - sample(b, 300, 3, 0.9, generator=seeded(0)).index  # of the window until the failure is behind
+    room = sample(b, 300, 3, 0.9, generator=seeded(0)).floats[:, 0] + steps <= 140
+    hit = (steps >= 1) & (steps <= 3) & room
+    assert hit.any() and torch.allclose(costly[hit], -10 * 0.9 ** steps[hit].float()) and (costly[~hit] == 0).all()
 
 def test_buffer_too_short():
     with pytest.raises(ValueError, match="no window of 3"): sample(ReplayBuffer(10, 2, (1, 8, 8), 4), 4)

@@ -11,7 +11,7 @@ from tmlab.training.buffer import load_rows, save_rows
 from tmlab.training.iqn import RunLog, Trainer, read_checkpoint, train_iqn
 from tmlab.training.iqn_config import LINESIGHT, TrainConfig
 from tmlab.training.learner import mask_inputs, quantile_values, resolve_precision
-from tmlab.training.rollout import evaluate, resolve_tracks
+from tmlab.training.rollout import evaluate, make_env, resolve_tracks
 from tmlab.training.weights import export_linesight, load_linesight
 
 TINY = dict(tracks=["flat:1:5"], iqn_embedding_dimension=8, num_envs=8, batch_size=32, total_decisions=1600, start_learning=200, buffer_size=1000, eval_every=800,
@@ -54,6 +54,28 @@ def test_stopped_on_the_last_step_and_resumed(whole, tmp_path, monkeypatch):
     run = train_iqn(TrainConfig(**TINY, output_dir=tmp_path, run_name="r"))
     assert run.finished and run.result["metres"] == whole.result["metres"]
     pd.testing.assert_frame_equal(logged(whole.dir), logged(run.dir), check_exact=True)
+
+class Live:
+    "Cars that cannot be taken up where they were, as in a game."
+    def __init__(self, cfg, steps=None):
+        self.cars, self.num_envs, self.steps = make_env(resolve_tracks(cfg.tracks), cfg.num_envs, cfg.image_size, 1, cfg.start), cfg.num_envs, steps
+        self.reset, self.close = self.cars.reset, self.cars.close
+    def step(self, action):
+        if self.steps is not None: self.steps -= 1
+        if self.steps == 0: raise ConnectionError("the game has gone")
+        return self.cars.step(action)
+
+def test_other_cars_that_go_away(whole, tmp_path, capsys):
+    "What the run learned before is kept, its windows do not cross the gap, and it is another run than the world's."
+    cfg = TrainConfig(**TINY, output_dir=tmp_path, run_name="r")
+    with pytest.raises(ConnectionError): train_iqn(cfg, env=Live(cfg, 60))
+    saved = read_checkpoint(tmp_path / "r")
+    assert saved["world"] is None and saved["decisions"] == 320
+    seen = []
+    run = train_iqn(cfg, env=Live(cfg), watch=lambda folder, trainer, episodes: seen.append((trainer.decisions, trainer.buffer.truncated[320 // 8 - 1].all())))
+    assert run.finished and run.result["decisions"] == 1600 and "begin anew" in capsys.readouterr().out
+    assert seen[0] == (800, True) and len(seen) == 2
+    with pytest.raises(ValueError, match="env"): train_iqn(cfg)
 
 def test_result_and_evaluation(whole):
     assert whole.finished and whole.result["decisions"] == 1600 and whole.result["gradient_steps"] > 0
@@ -170,11 +192,18 @@ def test_a_flying_lap_is_no_best_time():
     assert best == dict(flying=300_000, random=1500)
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(buffer_size=64), "n_step"), (dict(start_learning=5000), "start_learning 5000"), (dict(warm_start_dir="x"), "warm_start_decisions"), (dict(epsilon="0:1 10:0"), "positive"),
+    (dict(buffer_size=64), "n_step"), (dict(start_learning=5000), "start_learning 5000"), (dict(warm_start_dir="x"), "warm_start_decisions"), (dict(epsilon="0:1 10:0"), "positive"), (dict(n_step=0), "from 1 on"), (dict(n_step="0:10 5:x"), "expected points"),
     (dict(expert_dir="x"), "expert_share"), (dict(inputs="floats", use_float_head=False), "see nothing"), (dict(inputs="pixels", use_image_head=False), "see nothing"),
 ])
 def test_settings_that_could_not_work_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words): TrainConfig(**TINY | wrong)
+
+def test_steps_of_a_window_follow_their_schedule():
+    cfg = TrainConfig(**TINY | dict(n_step="0:10 2000:10 4000:3", schedule_speed=10))
+    t, seen = Trainer(cfg, resolve_tracks(cfg.tracks)), []
+    for t.decisions in (0, 200, 300, 400, 900): seen.append(t.n_step)
+    t.env.close()
+    assert seen == [10, 10, 6, 3, 3] and cfg.most_steps == 10 and TrainConfig(n_step=3).n_step == "3"  # 6.5 is rounded to the even number
 
 def test_a_card_that_is_not_there(tmp_path):
     if torch.cuda.is_available(): pytest.skip("this machine has a GPU")

@@ -183,6 +183,15 @@ def test_an_early_end_never_pays():
     assert crashes > 10 and pays > 10, (crashes, pays)
 
 
+@pytest.mark.parametrize("mode,at_line,slow", [(False, 1, 1), (True, 1, 1), ("anywhere", 0, 1), ("flying", 0, 0.25), ("mixed", 0.5, 0.625)])
+def test_where_races_begin_and_how_fast(tracks, mode, at_line, slow):
+    "Share of the races that begin at the line, and share of those at up to 20 m/s; flying ones begin at up to 80 m/s."
+    env = RaceVectorEnv(tracks, 900, image_size=None, threads=1, random_start=mode)
+    env.reset(seed=0)
+    speed, beyond = np.linalg.norm(env.rows[:, VEL:VEL + 3], axis=1), env.rows[:, S] - np.array([t.start_s for t in tracks])[env.rows[:, TRACK].astype(int)]
+    assert abs((beyond < 0.1).mean() - at_line) < 0.05 and abs((speed <= 20).mean() - slow) < 0.05 and speed.max() < 80.01 and (speed.max() > 75) == (slow < 1)
+
+
 def test_what_is_not_finite_ends_off_the_road(tracks):
     "A row with a number that is not finite is noticed, put back on its road and ended; nothing of it is observed."
     env = RaceVectorEnv(tracks, 3, image_size=None, threads=1)

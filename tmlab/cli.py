@@ -189,6 +189,14 @@ def train(argv):
     run = train_iqn(configured(TrainConfig, argv, "train"))
     print(run.dir)
 
+def settings_given(pairs, name):
+    "{setting of `tmlab train`: value} of the texts NAME=VALUE in `pairs`, checked."
+    from tmlab.training.iqn_config import TrainConfig
+    if wrong := [pair for pair in pairs if "=" not in pair]: raise ValueError(f"--set {' '.join(wrong)}: expected NAME=VALUE, like stack=4")
+    option = lambda k, v: dict(true=f"--{k}", false=f"--no-{k}").get(v.lower(), f"--{k}={v}")
+    cfg = TrainConfig.load(None, [option(*pair.replace("_", "-", pair.split("=")[0].count("_")).split("=", 1)) for pair in pairs], prog=f"tmlab {name}")
+    return {k: getattr(cfg, k) for k in (pair.split("=")[0].replace("-", "_") for pair in pairs)}
+
 @command
 def evaluate(argv):
     "Drive a trained agent greedily with frozen weights: finish rate with its interval, times, gap to the reference, worst episodes."
@@ -198,17 +206,18 @@ def evaluate(argv):
     p.add_argument("--episodes", type=int, default=100, help="episodes per track")
     p.add_argument("--seed", type=int, default=2_000_003, help="of the episodes: others than those trained on, and than those by which best/ was chosen")
     p.add_argument("--starts", default="random", choices=["random", "rest", "anywhere"], help="at the line with differing offset, heading and speed; at rest, as a race; anywhere on the road")
-    p.add_argument("--inputs", choices=["all", "pixels", "floats"], help="what the agent was trained to see; default: as the run says")
+    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="what the agent was trained to see, for weights without a run: inputs=pixels stack=4 … as in `tmlab train`; default: as the run says")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--worst", type=int, default=3, help="how many of the worst episodes are named")
     p.add_argument("--reference", action="store_true", help="find the reference times of tracks that keep none (up to half a minute each), for the gap")
     p.add_argument("--csv", help="also write every episode to this file")
     a = p.parse_args(argv)
     from tmlab.core.runs import atomic_path
     from tmlab.training.rollout import evaluate, evaluation_report, reference_times, run_config
-    specs = a.tracks or run_config(a.weights).tracks
-    episodes = evaluate(a.weights, specs, a.episodes, a.seed, starts=a.starts, **(dict(inputs=a.inputs) if a.inputs else {}))
+    specs, given = a.tracks or run_config(a.weights).tracks, dict(device=a.device) | settings_given(a.set, "evaluate")
+    episodes = evaluate(a.weights, specs, a.episodes, a.seed, starts=a.starts, **given)
     references = reference_times(specs, a.reference)
-    rest = evaluate(a.weights, specs, 1, a.seed, starts="rest", **(dict(inputs=a.inputs) if a.inputs else {})) if references else None
+    rest = evaluate(a.weights, specs, 1, a.seed, starts="rest", **given) if references else None
     print(evaluation_report(episodes, references, rest, a.worst))
     if a.csv:
         with atomic_path(a.csv) as tmp: episodes.to_csv(tmp, index=False)
@@ -277,7 +286,7 @@ def demo(argv):
 
 @command
 def bench(argv):
-    "Measure speed beside the targets: `tmlab bench world` the simulator, its frames and the writing of replays, `tmlab bench data` the way from files to batches, `tmlab bench iqn` the agent."
+    "Measure speed beside the targets: `tmlab bench world` the simulator, its frames and the writing of replays, `tmlab bench data` the way from files to batches, `tmlab bench iqn` the agent; and how well it learns: `tmlab bench learning`."
     p = parser("bench")
     suites = p.add_subparsers(dest="suite", required=True)
     def suite(name, about, **counts):
@@ -290,7 +299,17 @@ def bench(argv):
     suite("world", "the simulator, its frames and the writing of replays", cars=(1024, "cars at once"), tracks=(64, "number of different hilly tracks"))
     suite("data", "the way from files to batches", replays=(80, "drives of 20 s in the caches"), opened=(1000, "replays in the store that is opened"))
     suite("iqn", "gradient steps, and driving and learning together", batch=(512, "rows of a gradient step"), cars=(64, "cars at once"))
+    s = suites.add_parser("learning", help="finish rates and gaps after 15 and 30 minutes, many seeds; takes hours, goes on where it was stopped", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    s.add_argument("--tracks", nargs="+", default=["hilly:11:20", "technical:12:25", "fast:13:30"], help="track folders, or family:seed:seconds")
+    s.add_argument("--seeds", nargs="+", type=int, default=[100, 101, 102, 103, 104])
+    s.add_argument("--inputs", nargs="+", default=["all"], choices=["all", "pixels", "floats"])
+    s.add_argument("--minutes", nargs="+", type=float, default=[15, 30], help="when a run is judged")
+    s.add_argument("--episodes", type=int, default=400, help="by how many")
+    s.add_argument("--card", default="output/learning/rows.json", help="file of the rows; those that it has are not computed again")
+    s.add_argument("--out", default="output/learning", help="folder of the runs")
+    s.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of `tmlab train` for all runs")
     a = vars(p.parse_args(argv))
+    if a["suite"] == "learning": return learning(a)
     import json
     from tmlab.bench import bench_data, bench_iqn, bench_world, flat
     as_json = a.pop("json")
@@ -298,6 +317,14 @@ def bench(argv):
     for f in figures:
         if f.values is None: print(f"{f.name}: {f.why}", file=sys.stderr)
     print(json.dumps(flat(figures)) if as_json else "\n".join(text))
+
+def learning(a):
+    "`tmlab bench learning` with the parsed arguments `a`."
+    from tmlab.training.survey import survey, survey_table
+    given = settings_given(a["set"], "bench learning")
+    if taken := set(given) & {"tracks", "seed", "inputs", "output_dir", "run_name"}: raise ValueError(f"--set {', '.join(sorted(taken))}: has an option of its own, or is chosen by the survey")
+    rows = survey(a["tracks"], a["seeds"], a["inputs"], a["out"], a["card"], a["minutes"], a["episodes"], **given)
+    print(survey_table(rows).to_string(index=False))
 
 @command
 def lab(argv):

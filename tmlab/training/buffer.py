@@ -207,10 +207,10 @@ def prioritised_starts(buffer, first, last, size, standing, alpha, beta, generat
     return buffer.total - 1 - age, slot % buffer.num_envs, (weight / weight.max()).float()
 
 # %% ../../nbs/training/60_buffer.ipynb #83cff9c6
-def sample(buffer, size, n_step=3, gamma=0.999, horizon=140, generator=None, discard_non_greedy=True, standing=-0.06, stack=1, test=False, alpha=0.0, beta=1.0):
+def sample(buffer, size, n_step=3, gamma=0.999, horizon=140, generator=None, discard_non_greedy=True, standing=-0.06, stack=1, test=False, alpha=0.0, beta=1.0, penalty=0.0):
     """A `Batch` of `size` transitions; the same state of `generator` gives the same batch. Uniform, or with `alpha` prioritised; with `test` from the races kept for testing, uniform.
 
-    After a failure the car gets `standing` per decision until the mini-race is over; None: bootstrap from the last state before it, as upstream."""
+    After a failure the car gets `penalty`, and `standing` per decision until the mini-race is over; `standing` None: bootstrap from the last state before it, as upstream."""
     row, car, weight = draw_starts(buffer, size, n_step, standing, test, alpha, beta, generator)
     now = mini_race_times(size, horizon, generator).to(row.device)
     k = torch.arange(n_step, device=row.device)
@@ -222,7 +222,7 @@ def sample(buffer, size, n_step=3, gamma=0.999, horizon=140, generator=None, dis
     reward = (buffer.reward[at] * gamma ** k * (k < capped[:, None])).sum(1)
     if standing is not None:
         finished = buffer.terminated[(row + capped - 1) % buffer.steps, car]
-        reward = reward + standing * discounted(gamma, capped, horizon - now) * (ended & ~finished)
+        reward = reward + (penalty * gamma ** capped + standing * discounted(gamma, capped, horizon - now)) * (ended & ~finished)
     there = row + capped - ended.long()  # the row after an end is another race's
     floats, next_floats = gather(buffer.floats, row, car).float(), gather(buffer.floats, there, car).float()
     floats[:, 0], next_floats[:, 0] = now.float(), (now + capped).float()

@@ -21,11 +21,11 @@ from ..core.runs import atomic_path, derive_seed, open_run, progress
 from ..evidence.events import ScalarWriter, canonical_tag
 from ..evidence.kpi import race_stats
 from ..models.encoder import image_hw
-from ..replays.floats import N_FLOATS
+from ..replays.floats import DECISION_MS, N_FLOATS
 from ..replays.store import ReplayStore
 from .buffer import Batch, ReplayBuffer, add_step, fill_replays, load_rows, row_files, sample, save_rows, usable_rows
 from .iqn_config import TrainConfig, network_options, schedule
-from .learner import Diverged, Learner, calibrate, part_files, potential, resolve_precision
+from .learner import Diverged, Learner, calibrate, keep_memory, part_files, potential, resolve_precision
 from .rollout import episode_row, explore, make_env, policy_values, resolve_tracks, rollout, run_config, seen, start, summary
 from .weights import WEIGHTS, export_linesight, load_linesight
 from ..world.env import REWARD_PER_MS
@@ -68,12 +68,12 @@ BARE = {"Buffer/size": "memory_size", "Gradients/norm_median": "grad_norm_histor
 class Trainer:
     """The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and meanwhile learns what is owed.
 
-    `experts`: a `ReplayBuffer` of expert rows for `expert_share`; `prior`: what is `seen` → actions or logits; `aux`: see `Learner`.
-    `env`: another vector of `num_envs` cars with gymnasium's same-step autoreset, whose observations, infos, `snapshot` and `restore` are as those of `RaceVectorEnv`."""
-    def __init__(self, cfg, tracks, aux=None, experts=None, prior=None, env=None):
+    `experts`: a `ReplayBuffer` of expert rows for `expert_share`; `prior`: what is `seen` → actions or logits; `aux`: see `Learner`; `watch(folder, trainer, episodes)` is called after every evaluation.
+    `env`: another vector of `num_envs` cars with gymnasium's same-step autoreset, whose observations and infos are as those of `RaceVectorEnv`. Without `snapshot` and `restore` a resumed run begins new races."""
+    def __init__(self, cfg, tracks, aux=None, experts=None, prior=None, env=None, watch=None):
         if cfg.expert_share and experts is None: raise ValueError(f"expert_share is {cfg.expert_share}, but there are no expert rows; set expert_dir")
         self.cfg, self.tracks, self.bf16 = cfg, tracks, resolve_precision(cfg.precision, cfg.device) == "bf16"
-        self.learner, self.experts = Learner(cfg, self.bf16, aux), experts
+        self.learner, self.experts, self.watch = Learner(cfg, self.bf16, aux), experts, watch or (lambda *_: None)
         self.env = env or make_env(tracks, cfg.num_envs, cfg.image_size if cfg.use_image_head else None, cfg.threads, cfg.start, cfg.extras)
         self.buffer = empty_buffer(cfg, math.ceil(cfg.buffer_size / cfg.num_envs), cfg.num_envs, cfg.test_share)
         self.random = {name: torch.Generator().manual_seed(derive_seed(cfg.seed, name)) for name in ("act", "learn", "prior")}
@@ -121,7 +121,7 @@ class Trainer:
     @property
     def ready(self):
         "Whether the buffer holds enough to learn from."
-        longest = self.cfg.horizon if self.cfg.calibrate and not self.learner.gradient_steps else self.cfg.n_step
+        longest = self.cfg.horizon if self.cfg.calibrate and not self.learner.gradient_steps else self.cfg.most_steps
         return len(self.buffer) >= self.cfg.start_learning and self.buffer.total > longest
 
     def learn_owed(self):
@@ -138,12 +138,16 @@ class Trainer:
         self.active_s += time.perf_counter() - start
 
     @property
-    def standing(self): return 50 * REWARD_PER_MS if self.cfg.failure == "stand" else None
+    def standing(self): return DECISION_MS * REWARD_PER_MS if self.cfg.failure == "stand" else None
+
+    @property
+    def n_step(self): return round(self.value("n_step", True))
 
     def draw(self, buffer, size, generator, n_step=None, test=False, prioritised=False):
         "A batch of `size` rows of `buffer`: of the races that are learned from, or of those kept for testing."
-        return sample(buffer, size, n_step or self.cfg.n_step, self.value("gamma", True), self.cfg.horizon, generator, self.cfg.discard_non_greedy and n_step is None,
-                      self.standing, self.cfg.stack, test, *((self.cfg.priority_alpha, self.value("priority_beta", True)) if prioritised else ()))
+        priorities = dict(alpha=self.cfg.priority_alpha, beta=self.value("priority_beta", True)) if prioritised else {}
+        return sample(buffer, size, n_step or self.n_step, self.value("gamma", True), self.cfg.horizon, generator, self.cfg.discard_non_greedy and n_step is None,
+                      self.standing, self.cfg.stack, test, penalty=1000 * self.cfg.failure_s * REWARD_PER_MS, **priorities)
 
     @property
     def own_rows(self):
@@ -184,7 +188,7 @@ class Trainer:
 
     def test_loss(self):
         "Mean loss of a batch of the races kept for testing, None where there is none."
-        last = self.buffer.total - self.cfg.n_step
+        last = self.buffer.total - self.n_step
         return self.probe(test=True) if usable_rows(self.buffer, max(0, self.buffer.total - self.buffer.steps), last, self.standing, True).any() else None
 
     def refill(self):
@@ -210,17 +214,23 @@ class Trainer:
         return len(self.buffer) - n
 
     COUNTERS = ("obs", "decisions", "owed", "active_s", "learning_s", "warned", "best_ms", "best_score", "recent")
+    @property
+    def goes_on(self):
+        "Whether the cars can be taken up where they were."
+        return hasattr(self.env, "snapshot")
+
     def state_dict(self):
         "Everything but the rows of the buffer, which `save_rows` keeps."
-        return dict(learner=self.learner.state_dict(), world=self.env.snapshot(), random={k: g.get_state() for k, g in self.random.items()},
+        return dict(learner=self.learner.state_dict(), world=self.env.snapshot() if self.goes_on else None, random={k: g.get_state() for k, g in self.random.items()},
                     **{k: getattr(self, k) for k in self.COUNTERS})
 
     def load_state_dict(self, s):
         "Go on from `s`; the buffer is filled by `load_rows` or by `refill`."
         self.learner.load_state_dict(s["learner"])
-        self.env.restore(s["world"])
+        if self.goes_on: self.env.restore(s["world"])
         for k, g in self.random.items(): g.set_state(s["random"][k])
-        for name in self.COUNTERS: setattr(self, name, s[name])
+        for name in self.COUNTERS:
+            if name != "obs" or self.goes_on: setattr(self, name, s[name])
 
 def fresh_recent(): return dict(loss=[], norm=[], q=[], extra={}, races=[], choices=0, gap=[], since=(0, 0, 0.0, 0.0))
 
@@ -257,7 +267,7 @@ def recent_values(trainer):
     l, rate = trainer.learning_s, trainer.value("learning_rate")
     out = [("RL/epsilon", trainer.value("epsilon")), ("RL/epsilon_boltzmann", trainer.value("epsilon_boltzmann")), ("RL/tau_epsilon_boltzmann", cfg.tau_boltzmann),
            ("RL/gamma", trainer.value("gamma", True)), ("Training/learning_rate", rate), ("Training/weight_decay", rate * cfg.weight_decay_ratio),
-           ("Training/n_steps", cfg.n_step), ("Training/discard_non_greedy_actions_in_nsteps", cfg.discard_non_greedy),
+           ("Training/n_steps", trainer.n_step), ("Training/discard_non_greedy_actions_in_nsteps", cfg.discard_non_greedy),
            ("Buffer/size", len(trainer.buffer)), ("Buffer/number_times_single_memory_is_used_before_discard", cfg.reuse),
            ("Performance/gradient_steps", g), ("Performance/active_seconds", s), ("cumul_number_frames_played", d),
            ("cumul_number_target_network_updates", trainer.learner.memories // cfg.target_every), ("cumul_training_hours", s / 3600),
@@ -345,13 +355,13 @@ def with_gap(kpis, reference_s):
     return kpis.assign(gap=kpis.best_s / kpis.track.map(reference_s) - 1)
 
 # %% ../../nbs/training/70_iqn.ipynb #f91cd9dc
-def identity(cfg, tracks, aux=None, experts=None, prior=None):
+def identity(cfg, tracks, aux=None, experts=None, prior=None, env=None):
     "What decides the result of a run, as a dict: settings without those of place and speed, the content of tracks, weights and expert rows, further heads, the precision."
-    keep = cfg.model_dump(mode="json", exclude={"output_dir", "run_name", "threads", "save_every", "save_buffer", "init_dir", "prior_dir", "expert_dir", "warm_start_dir"})
+    keep = cfg.model_dump(mode="json", exclude={"preset", "output_dir", "run_name", "threads", "save_every", "save_buffer", "init_dir", "prior_dir", "expert_dir", "warm_start_dir"})
     files = part_files(cfg.init_dir, cfg.init_parts) if cfg.init_dir else []
     weights_or_replays = lambda folder: [path] if (path := Path(folder) / WEIGHTS[0]).exists() else sorted(Path(folder).rglob("manifest.json"))
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
-    given = dict(aux=aux and {k: [str(a.module), a.loss.__qualname__, a.weight] for k, a in aux.items()}, prior=prior and prior.__qualname__,
+    given = dict(aux=aux and {k: [str(a.module), a.loss.__qualname__, a.weight] for k, a in aux.items()}, prior=prior and prior.__qualname__, env=env and type(env).__qualname__,
                  **{k: [digest(f.read_bytes()) for f in weights_or_replays(folder)] for k in ("prior_dir", "warm_start_dir") if (folder := getattr(cfg, k))},
                  experts=experts and [digest(x.cpu().numpy().tobytes()) for x in experts.state_dict().values() if torch.is_tensor(x)])
     return keep | dict(precision=resolve_precision(cfg.precision, cfg.device), track_hashes=[t.hash for t in tracks],
@@ -381,17 +391,18 @@ def read_checkpoint(folder):
     if state.get("version") != CHECKPOINT_VERSION: raise ValueError(f"{path}: version {state.get('version')}, this tmlab reads {CHECKPOINT_VERSION}; delete {path.parent} and start again, or start from its weights (init_dir)")
     return state
 
-def train_iqn(cfg, aux=None, experts=None, prior=None):
+def train_iqn(cfg, aux=None, experts=None, prior=None, env=None, watch=None):
     """Train an IQN as `cfg` says in `output_dir`/`run_name` and return the `Run`; `.result` holds the last evaluation. The rest: see `Trainer`.
 
     A finished run is returned as it is; an unfinished one goes on from its last checkpoint, with the results it would have had. ValueError for bad settings, `Diverged` for a run that broke."""
     tracks = resolve_tracks(cfg.tracks)
     Learner(cfg, resolve_precision(cfg.precision, cfg.device) == "bf16")  # what does not fit is said before a directory is taken
     if cfg.threads: torch.set_num_threads(cfg.threads)
+    keep_memory()
     if cfg.expert_dir and experts is None: experts = expert_rows(cfg)
-    with open_run(cfg.output_dir, identity(cfg, tracks, aux, experts, prior), cfg.run_name) as run:
+    with open_run(cfg.output_dir, identity(cfg, tracks, aux, experts, prior, env), cfg.run_name) as run:
         if run.finished: remove_rows(run.dir); print(f"{run.dir} is finished already")
-        else: train_in(run, Trainer(cfg, tracks, aux, experts, prior))
+        else: train_in(run, Trainer(cfg, tracks, aux, experts, prior, env, watch))
     return run
 
 def train_in(run, trainer):
@@ -401,7 +412,9 @@ def train_in(run, trainer):
     log = RunLog(run.dir, saved["rows"] if saved else 0)
     try:
         if not saved: begin(run.dir, trainer, log)
-        elif "buffer" in saved: load_rows(trainer.buffer, run.dir, saved["buffer"])
+        elif "buffer" in saved:
+            load_rows(trainer.buffer, run.dir, saved["buffer"])
+            if not trainer.goes_on: trainer.buffer.cut(); print("these cars cannot be taken up where they were: their races begin anew, and losses will differ from those of an uninterrupted run")
         else: tell_refill(trainer, log, trainer.refill())
         bar = progress(total=cfg.total_decisions, initial=trainer.decisions, desc=run.dir.name, unit=" decisions")
         with bar: train_on(run, trainer, log, bar)
@@ -424,6 +437,7 @@ def evaluate_and_keep(folder, trainer, log):
     if (score := score_of(episodes)) > trainer.best_score:
         trainer.best_score = score
         export_linesight(trainer.learner.net, Path(folder) / "best", target=trainer.learner.target)
+    trainer.watch(folder, trainer, episodes)
     return episodes
 
 def score_of(episodes):

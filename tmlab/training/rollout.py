@@ -64,7 +64,7 @@ def seen(obs, stack=1, before=None, began=None):
     return dict(image=image, floats=floats)
 
 def make_env(tracks, num_envs, image_size, threads=None, start="random", extras=()):
-    "The world with differing starts at the line (`random`: offset, heading, speed) or `anywhere` on the road, there also `flying` (at up to 80 m/s), or with the race's own, from `rest`. `image_size` None: nothing is rendered."
+    "The world with differing starts at the line (`random`: offset, heading, speed) or `anywhere` on the road, there also `flying` (at up to 80 m/s), `mixed` (half of them flying, half at the line), or with the race's own, from `rest`. `image_size` None: nothing is rendered."
     return RaceVectorEnv(tracks, num_envs, image_size=None if image_size is None else image_hw(image_size), extras=extras, threads=threads,
                          random_start=dict(random=True, rest=False).get(start, start))
 

@@ -19,7 +19,7 @@ from .learner import Learner, quantile_huber, resolve_precision
 def driven(cfg, decisions=2_000):
     "A `Trainer` of `cfg` on a hilly track of 20 s whose cars have driven `decisions`, without learning."
     t = Trainer(cfg, [generate_track(1, "hilly", 20)])
-    while len(t.buffer) < decisions or t.buffer.total <= cfg.n_step: t.act()
+    while len(t.buffer) < decisions or t.buffer.total <= cfg.most_steps: t.act()
     return t
 
 def rate(work, seconds, per_call=1):

@@ -110,7 +110,7 @@ def zone_at(T, L, track, s):
     return lo
 
 # %% ../../nbs/world/30_env.ipynb #f1983c62
-NO_RANDOM, RANDOM_START, ANYWHERE, FLYING = 0, 1, 2, 3
+NO_RANDOM, RANDOM_START, ANYWHERE, FLYING, MIXED = 0, 1, 2, 3, 4
 START_MPS, FLYING_MPS = 20.0, 80.0  # the highest speed of a random start
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -137,6 +137,7 @@ def place_on_line(c, T, L):
 def begin(c, T, L, track, seed, car, episode, random_start):
     "Put car number `car` at the start of its `episode` on `track`."
     s, lateral, heading, speed = T.start_s[track], 0.0, 0.0, 0.0
+    if random_start == MIXED: random_start = FLYING if uniform(seed, car, episode, 4) < 0.5 else RANDOM_START
     if random_start >= ANYWHERE: s += 0.9 * uniform(seed, car, episode, 3) * (T.finish_s[track] - s)
     if random_start != NO_RANDOM:
         lateral = (uniform(seed, car, episode, 0) - 0.5) * T.half_width[section_before(T, track, s)]
@@ -331,7 +332,7 @@ class RaceVectorEnv(VectorEnv):
     """`num_envs` cars on `tracks` (one Track or a list). Car i drives track (i + episode) modulo their number unless `reset(options={"track": …})` says otherwise.
 
     `image_size` (height, width), None: no images. `action_mode` "keys": (n,) 0 … 11, "analog": (n, 3) steer, gas, brake. `extras`: scalars beside the floats ("progress": share driven).
-    `threads`: of the machine's cores by default. `random_start`: False, True, "anywhere", or "flying" (anywhere, at up to 80 m/s). `distractors` 0 … 3: see `render`. `shaping`: reward per metre of distance to the line (Linesight −0.1).
+    `threads`: of the machine's cores by default. `random_start`: False, True, "anywhere", "flying" (anywhere, at up to 80 m/s), or "mixed" (half of the races flying, half True). `distractors` 0 … 3: see `render`. `shaping`: reward per metre of distance to the line (Linesight −0.1).
     A car whose episode ended begins the next one in the same step; infos describe the step just taken; `final_obs` and `final_info` hold what the ended cars saw last. Every step returns new arrays."""
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": [], "render_fps": 20}
 
@@ -480,9 +481,9 @@ def thread_count(threads):
     return int(threads)
 
 def random_mode(random_start):
-    "0 … 3 for False, True, 'anywhere', 'flying'."
-    modes = {False: NO_RANDOM, True: RANDOM_START, "anywhere": ANYWHERE, "flying": FLYING}
-    if random_start not in modes: raise ValueError(f"random_start {random_start!r}: False, True, 'anywhere' or 'flying'")
+    "0 … 4 for False, True, 'anywhere', 'flying', 'mixed'."
+    modes = {False: NO_RANDOM, True: RANDOM_START, "anywhere": ANYWHERE, "flying": FLYING, "mixed": MIXED}
+    if random_start not in modes: raise ValueError(f"random_start {random_start!r}: False, True, 'anywhere', 'flying' or 'mixed'")
     return modes[random_start]
 
 # %% ../../nbs/world/30_env.ipynb #9ff9f88b
