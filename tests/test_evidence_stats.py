@@ -61,7 +61,7 @@ def test_the_card_says_calibrated_and_belongs_to_this_code(card):
     d = pd.DataFrame(card["coverage"])
     assert card["n_sim"] >= 4000 and set(d.n) == {5, 8, 20} and set(d.scores) == set(SCORES) and set(d.interval) == set(stats.INTERVALS)
     kept = d[(d.n == 8) & ~d.interval.isin(["mean", "IQM, percentile bootstrap"])]
-    assert len(kept) == 4 * len(SCORES) and kept.coverage.between(0.93, 0.97).all(), kept
+    assert len(kept) == 5 * len(SCORES) and kept.coverage.between(0.93, 0.97).all(), kept
     assert len(card["false_alarms"]) == 2 * len(SCORES) and all(r["called"] <= 16 / 200 for r in card["false_alarms"])
     again = verdict_rates(SCORES["normal"], 2 * stats.spread(SCORES["normal"]), 8, 100, seed=7)["better"]
     stored = next(r["power"] for r in card["power"] if (r["scores"], r["effect"], r["of"]) == ("normal", 2, "iqm"))

@@ -9,8 +9,8 @@ __all__ = ['ESTIMATES', 'SCORES', 'EXACT_UP_TO', 'VERDICT_RUNS', 'INTERVALS', 'w
            'probability_of_improvement', 'same_tasks', 'performance_profile', 'plot_profiles', 'divisions',
            'extreme_share', 'tie_breaker', 'permutation_test', 'sign_flip_test', 'holm', 'standard_errors',
            'runs_needed', 'Verdict', 'verdict_text', 'power_text', 'by_seed', 'align', 'scatter', 'difference_ci',
-           'compare', 'note_on', 'compare_many', 'verdict_table', 'verdict_rates', 'pair_of', 'coverage_rows',
-           'false_alarm_rows', 'spread', 'power_rows', 'calibrate']
+           'compare', 'note_on', 'compare_many', 'verdict_table', 'verdict_rates', 'alone', 'pair_of', 'tracks_of',
+           'coverage_rows', 'false_alarm_rows', 'spread', 'power_rows', 'calibrate']
 
 # %% ../../nbs/evidence/10_stats.ipynb #6d40ba26
 import math
@@ -96,7 +96,7 @@ def coverage(ci, draw, truth, n, n_sim=1000, seed=0):
     return hits / n_sim
 
 @lru_cache(None)
-def true_value(draw, of="iqm", size=2_000_000):
+def true_value(draw, of="iqm", size=500_000):
     "The estimate `of` of a whole population, by a large sample."
     return float(estimator(of)(draw(np.random.default_rng(99), (size, 1))))
 
@@ -394,32 +394,40 @@ def verdict_rates(draw, effect, n=8, n_sim=200, seed=0, paired=False, of=None, r
     return {k: float((called == k).mean()) for k in ("better", "worse", "no evidence", "under-powered")}
 
 # %% ../../nbs/evidence/10_stats.ipynb #1ae0e58f
+def alone(draw): return draw
+
 def pair_of(draw):
     "Draws of two arms at once: (..., 2)."
     return lambda rng, size: np.stack([draw(rng, size), draw(rng, size)], -1)
 
-INTERVALS = {  # name: (interval of scores (n, arms), how many arms, its true value from one draw)
-    "IQM, percentile bootstrap": (lambda x: percentile_ci(x, reps=2000), 1, true_value),
-    "IQM": (lambda x: bounds(iqm_ci(x, reps=2000)), 1, true_value),
-    "mean": (lambda x: bounds(estimate_ci(x, "mean", reps=2000)), 1, lambda draw: true_value(draw, "mean")),
-    "difference of IQMs": (lambda x: bounds(difference_ci(x[:, :1], x[:, 1:], reps=2000)), 2, lambda draw: 0),
-    "mean of paired differences": (lambda x: bounds(compare(x[:, 0], x[:, 1], paired=True, reps=2000)), 2, lambda draw: 0),
-    "probability of improvement": (lambda x: bounds(probability_of_improvement(x[:, 0], x[:, 1])), 2, lambda draw: 0.5),
+def tracks_of(draw):
+    "Draws of three tracks a run (..., 3), each score either the run's own or its track's: correlated by a half, each distributed as `draw`."
+    return lambda rng, size: np.where(rng.random((*size, 3)) < 0.5, draw(rng, size)[..., None], draw(rng, (*size, 3)))
+
+INTERVALS = {  # name: (interval of scores (n, ...), how an experiment is drawn, its true value)
+    "IQM, percentile bootstrap": (lambda x: percentile_ci(x, reps=2000), alone, true_value),
+    "IQM": (lambda x: bounds(iqm_ci(x, reps=2000)), alone, true_value),
+    "IQM, three tracks a run": (lambda x: bounds(iqm_ci(x, reps=2000)), tracks_of, true_value),
+    "mean": (lambda x: bounds(estimate_ci(x, "mean", reps=2000)), alone, lambda draw: true_value(draw, "mean")),
+    "difference of IQMs": (lambda x: bounds(difference_ci(x[:, :1], x[:, 1:], reps=2000)), pair_of, lambda draw: 0),
+    "mean of paired differences": (lambda x: bounds(compare(x[:, 0], x[:, 1], paired=True, reps=2000)), pair_of, lambda draw: 0),
+    "probability of improvement": (lambda x: bounds(probability_of_improvement(x[:, 0], x[:, 1])), pair_of, lambda draw: 0.5),
 }
 
 def coverage_rows(n_sim, seed=0, ns=(5, 8, 20)):
     "One row an interval, a distribution and n: how many of `n_sim` nominal 95 % intervals held the truth."
-    return [dict(interval=name, scores=shape, n=n, coverage=coverage(ci, draw if arms == 1 else pair_of(draw), truth(draw), n, n_sim, seed))
-            for name, (ci, arms, truth) in INTERVALS.items() for shape, draw in SCORES.items() for n in ns]
+    return [dict(interval=name, scores=shape, n=n, coverage=coverage(ci, make(draw), truth(draw), n, n_sim, seed))
+            for name, (ci, make, truth) in INTERVALS.items() for shape, draw in SCORES.items() for n in ns]
 
 def false_alarm_rows(n_sim, seed=0):
     "One row a distribution, independent or paired: the share of comparisons of identical arms at n = 8 that were called better or worse."
     called = lambda r: r["better"] + r["worse"]
     return [dict(scores=shape, paired=paired, n=8, called=called(verdict_rates(draw, 0, 8, n_sim, seed, paired))) for shape, draw in SCORES.items() for paired in (False, True)]
 
+@lru_cache(None)
 def spread(draw):
     "Interquartile range / 1.349 of a population: its standard deviation where it is normal, and not moved by tails."
-    return float(np.subtract(*np.percentile(draw(np.random.default_rng(99), 1_000_000), [75, 25])) / 1.349)
+    return float(np.subtract(*np.percentile(draw(np.random.default_rng(99), 500_000), [75, 25])) / 1.349)
 
 def power_rows(n_sim, seed=0, effects=(1, 1.5, 2, 3)):
     "One row a distribution, effect (in units of `spread`) and estimate: the share of comparisons at n = 8 that were called better."
