@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['command', 'commands', 'Parser', 'parser', 'import_', 'generate', 'check', 'map_', 'convert', 'prepare', 'card',
-           'export', 'configured', 'pretrain', 'inject', 'train', 'evaluate', 'compare', 'write_figures', 'run',
-           'report', 'demo', 'bench', 'lab', 'main', 'usage', 'run_command']
+           'export', 'configured', 'pretrain', 'inject', 'train', 'settings_given', 'evaluate', 'compare',
+           'write_figures', 'run', 'report', 'demo', 'bench', 'learning', 'lab', 'main', 'usage', 'run_command']
 
 # %% ../nbs/20_cli.ipynb #1355ff54
 import argparse, os, sys
