@@ -126,6 +126,8 @@ def test_pairs_are_matched_by_seed():
     assert compare(a, b, paired=False).verdict == "under-powered" and not compare(a.to_numpy(), list(b.values())).paired
     with pytest.raises(ValueError, match="seeds .* were trained in one arm only"): compare(a, {s + 1: x for s, x in b.items()}, paired=True)
     assert not compare(a, {s + 1: x for s, x in b.items()}).paired
+    assert "IQM of the paired differences" in compare(a, b, of="iqm").text
+    with pytest.raises(ValueError, match="optimality gap of differences"): compare(a, b, of="optimality_gap")
     with pytest.raises(ValueError, match="a seed occurs twice"): compare(pd.Series([1.0, 2], pd.Index([1, 1], name="seed")), b)
 
 
