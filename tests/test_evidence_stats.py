@@ -126,12 +126,15 @@ def test_pairs_are_matched_by_seed():
     assert compare(a, b, paired=False).verdict == "under-powered" and not compare(a.to_numpy(), list(b.values())).paired
     with pytest.raises(ValueError, match="seeds .* were trained in one arm only"): compare(a, {s + 1: x for s, x in b.items()}, paired=True)
     assert not compare(a, {s + 1: x for s, x in b.items()}).paired
+    assert "IQM of the paired differences" in compare(a, b, of="iqm").text
+    with pytest.raises(ValueError, match="optimality gap of differences"): compare(a, b, of="optimality_gap")
     with pytest.raises(ValueError, match="a seed occurs twice"): compare(pd.Series([1.0, 2], pd.Index([1, 1], name="seed")), b)
 
 
-def test_pairs_of_few_runs_get_students_interval():
+def test_few_runs_get_students_interval():
     v = compare([3.0, 5, 4, 8], [1.0, 2, 2, 4], paired=True, reps=50_000)
     d = np.array([2.0, 3, 2, 4])
+    assert np.allclose(bounds(iqm_ci([1, 3], reps=50_000)), (2 - 12.706, 2 + 12.706), rtol=0.02)  # of two runs the IQM is the mean; quantiles end at 1 and 3
     assert np.allclose(bounds(v), d.mean() + np.array([-1, 1]) * 3.182 * d.std(ddof=1) / 2, rtol=0.02) and v.of == "mean" and v.pilot
 
 
@@ -202,7 +205,7 @@ def test_probability_of_improvement_keeps_its_width():
 def test_profiles():
     p = performance_profile([1.0, 2, 3, 4], [0, 1, 2.5, 4])
     assert p.share.tolist() == [1, 0.75, 0.5, 0] and np.allclose(p.low, [wilson(k, 4)[0] for k in (4, 3, 2, 0)]) and (p.low[0] < 0.9) and (p.high[3] > 0.1)
-    assert performance_profile([1.0, 2], [1.5, 3], higher_is_better=False).share.tolist() == [0.5, 1]
+    assert performance_profile([1.0, 2], [1, 2, 3], higher_is_better=False).share.tolist() == [0, 0.5, 1]
     fig = plot_profiles({"one": arms()[0], "two": arms()[1]})
     assert len(fig.data) == 4 and "n = 8" in fig.data[1].name
 

@@ -297,7 +297,8 @@ def verdict_text(v):
     claim = {"better": f"{a} is better than {b}", "worse": f"{a} is worse than {b}", "no evidence": f"No evidence that {a} and {b} differ",
              "under-powered": f"Under-powered: whether {a} and {b} differ is open"}[v.verdict]
     if v.pilot: claim = f"Pilot (n = {min(v.n_a, v.n_b)}, a verdict takes {VERDICT_RUNS}), {a} against {b}"
-    effect = f"{'mean of the paired differences' if v.paired and v.of == 'mean' else 'difference of ' + ('IQMs' if v.of == 'iqm' else v.of + 's')}"
+    of = "IQM" if v.of == "iqm" else v.of.replace("_", " ")
+    effect = f"{of} of the paired differences" if v.paired else f"difference of {of}s"
     out = f"{claim}: {effect} {v.effect:+.3g}{' ' + v.unit if v.unit else ''} [{v.low:+.3g}, {v.high:+.3g}] (95 %, {'higher' if v.higher_is_better else 'lower'} is better), {p}, {test}, {n}."
     return out + power_text(v, num) + (f" {v.note}" if v.note else "")
 
@@ -355,6 +356,7 @@ def compare(a, b, smallest=None, higher_is_better=True, paired=None, of=None, na
     `comparisons`: how many are made in all; `per_task`: every task had its own trainings. ValueError for NaN, single runs and runs that do not match."""
     a, b, paired = align(a, b, names, paired)
     of = of or ("mean" if paired else "iqm")
+    if paired and of == "optimality_gap": raise ValueError("an optimality gap of differences means nothing: give min(score, 1) as scores, or paired=False")
     if paired:
         test, df = sign_flip_test(a - b, of, seed=seed), len(a) - 1
         se = scatter(a - b, of, reps, seed, per_task)[1]
