@@ -194,8 +194,9 @@ def settings_given(pairs, name):
     from tmlab.training.iqn_config import TrainConfig
     if wrong := [pair for pair in pairs if "=" not in pair]: raise ValueError(f"--set {' '.join(wrong)}: expected NAME=VALUE, like stack=4")
     option = lambda k, v: dict(true=f"--{k}", false=f"--no-{k}").get(v.lower(), f"--{k}={v}")
-    cfg = TrainConfig.load(None, [option(*pair.replace("_", "-", pair.split("=")[0].count("_")).split("=", 1)) for pair in pairs], prog=f"tmlab {name}")
-    return {k: getattr(cfg, k) for k in (pair.split("=")[0].replace("-", "_") for pair in pairs)}
+    given = {k.replace("_", "-"): v for k, v in (pair.split("=", 1) for pair in pairs)}
+    cfg = TrainConfig.load(None, [option(k, v) for k, v in given.items()], prog=f"tmlab {name}")
+    return {k: getattr(cfg, k) for k in (k.replace("-", "_") for k in given)}
 
 @command
 def evaluate(argv):
