@@ -324,7 +324,7 @@ def evaluation_values(trainer, episodes):
 def evaluate_now(trainer):
     "Episodes of the current policy."
     cfg = trainer.cfg
-    return rollout(trainer.learner.net, trainer.tracks, cfg.eval_episodes, cfg.eval_seed, cfg.inputs, cfg.eval_quantiles, trainer.bf16, cfg.threads, cfg.extras)
+    return rollout(trainer.learner.policy, trainer.tracks, cfg.eval_episodes, cfg.eval_seed, cfg.inputs, cfg.eval_quantiles, trainer.bf16, cfg.threads, cfg.extras)
 
 # %% ../../nbs/training/70_iqn.ipynb #35fae865
 KPI_AXES = dict(decisions="mark_decisions", gradient_steps="mark_gradient_steps", active_seconds="mark_active_s")
@@ -374,7 +374,7 @@ def save_checkpoint(folder, trainer, log, buffer=True):
     if buffer: state["buffer"] = save_rows(trainer.buffer, folder)
     with atomic_path(folder / "checkpoint.pt") as tmp: torch.save(state, tmp)
     if not buffer: remove_rows(folder)
-    export_linesight(trainer.learner.net, folder, target=trainer.learner.target)
+    export_linesight(trainer.learner.policy, folder, target=trainer.learner.target)
 
 def remove_rows(folder):
     "Delete what `save_rows` wrote."
@@ -436,7 +436,7 @@ def evaluate_and_keep(folder, trainer, log):
     log.add(trainer.at(), evaluation_values(trainer, episodes))
     if (score := score_of(episodes)) > trainer.best_score:
         trainer.best_score = score
-        export_linesight(trainer.learner.net, Path(folder) / "best", target=trainer.learner.target)
+        export_linesight(trainer.learner.policy, Path(folder) / "best", target=trainer.learner.target)
     trainer.watch(folder, trainer, episodes)
     return episodes
 
@@ -483,7 +483,7 @@ def finish(run, trainer, log):
     log.close()
     for name, table in (("evaluation.csv", episodes), ("kpis.csv", run_kpis(run.dir, trainer.cfg))):
         with atomic_path(run.dir / name) as tmp: table.to_csv(tmp, index=False)
-    export_linesight(trainer.learner.net, run.dir, target=trainer.learner.target)
+    export_linesight(trainer.learner.policy, run.dir, target=trainer.learner.target)
     run.finish(decisions=trainer.decisions, gradient_steps=trainer.learner.gradient_steps, active_seconds=round(trainer.active_s, 1),
                tracks=[t.id for t in trainer.tracks], best_ms=trainer.best_ms, **summary(episodes))
     save_checkpoint(run.dir, trainer, log, buffer=False)

@@ -126,6 +126,7 @@ class TrainConfig(Config):
     kappa: float = Field(5e-3, gt=0, description="width of the quadratic part of the quantile Huber loss")
     polyak_tau: float = Field(0.002, gt=0, le=1, description="share by which the target network moves towards the online one")
     target_every: int = Field(512, ge=1, description="memories learned from between two target updates")
+    averaging: int = Field(0, ge=0, description="gradient steps over which the weights are averaged (exponentially) that are evaluated and kept; 0: the online network's own, as upstream")
     schedule_speed: float = Field(10, gt=0, description="points of the schedules are upstream's frames: decisions times this")
     gamma: Schedule = Field("0:0.999", description="discount per decision; linear between points")
     learning_rate: PositiveSchedule = Field("0:5e-4 1000000:3e-4 4000000:3e-5", description="of RAdam; exponential between points, as the next two")

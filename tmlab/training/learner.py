@@ -213,6 +213,8 @@ class Aux(NamedTuple):
     loss: Callable
     weight: float
 
+AVERAGED_EVERY = 10  # gradient steps between two updates of the averaged weights
+
 class Step(NamedTuple):
     "What one gradient step says: mean loss, gradient norm before clipping, mean Q, error of each row's mean value (B,), and `{tag: value}` of whatever else was trained."
     loss: float
@@ -234,6 +236,7 @@ class Learner:
         groups = [*self.parts.values(), *([list(self.aux.parameters())] if len(self.aux) else [])]  # one per part: parameters of one group must start together
         self.opt = RAdam([dict(params=g) for g in groups], eps=cfg.adam_eps)
         self.self_loss = torch.full((2,), 0.01)  # running mean, and that of the clamped values
+        self.average = copy.deepcopy(self.net).requires_grad_(False) if cfg.averaging else None
         self.thaw()
         with torch.no_grad():  # a frozen part is the same in both networks, else the target's other parts would follow towards one that it does not have
             for p, q in zip(self.target.parameters(), self.params):
@@ -308,6 +311,7 @@ class Learner:
         with torch.no_grad(): torch._foreach_mul_(moving, 1 - lr * self.cfg.weight_decay_ratio)
         self.gradient_steps, self.memories = self.gradient_steps + 1, self.memories + len(b.action)
         self.follow(len(b.action))
+        if self.average and self.gradient_steps % AVERAGED_EVERY == 0: self.follow_average()
         return Step(loss.detach().mean().item(), norm, q.detach().mean().item(), error, extra)
 
     def diagnosis(self, b, loss, norm, lr):
@@ -326,12 +330,24 @@ class Learner:
         with torch.no_grad():
             for _ in range(times): torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], self.cfg.polyak_tau)
 
-    MODULES = ("net", "target", "opt", "aux", "guard")
+    def follow_average(self):
+        "Move the averaged weights towards the online ones; in the first `averaging` steps they are the plain mean so far."
+        share = AVERAGED_EVERY / min(self.cfg.averaging, self.gradient_steps)
+        with torch.no_grad(): torch._foreach_lerp_(list(self.average.parameters()), self.params, min(1.0, share))
+
+    @property
+    def policy(self):
+        "The network that is evaluated and kept."
+        return self.average or self.net
+
+    @property
+    def modules(self): return ("net", "target", "opt", "aux", "guard", *(("average",) if self.average else ()))
+
     def state_dict(self):
-        return {name: getattr(self, name).state_dict() for name in self.MODULES} | dict(self_loss=self.self_loss, gradient_steps=self.gradient_steps, memories=self.memories)
+        return {name: getattr(self, name).state_dict() for name in self.modules} | dict(self_loss=self.self_loss, gradient_steps=self.gradient_steps, memories=self.memories)
 
     def load_state_dict(self, s):
-        for name in self.MODULES: getattr(self, name).load_state_dict(s[name])
+        for name in self.modules: getattr(self, name).load_state_dict(s[name])
         self.self_loss, self.gradient_steps, self.memories = s["self_loss"].clone(), s["gradient_steps"], s["memories"]
         self.thaw()
 
