@@ -306,6 +306,7 @@ def bench(argv):
     s.add_argument("--inputs", nargs="+", default=["all"], choices=["all", "pixels", "floats"])
     s.add_argument("--minutes", nargs="+", type=float, default=[15, 30], help="when a run is judged")
     s.add_argument("--episodes", type=int, default=400, help="by how many")
+    s.add_argument("--until", type=float, help="end a run early when 95 %% of such episodes finish and the lap from rest is at most this share slower than the reference, 0.1 say")
     s.add_argument("--card", default="output/learning/rows.json", help="file of the rows; those that it has are not computed again")
     s.add_argument("--out", default="output/learning", help="folder of the runs")
     s.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of `tmlab train` for all runs")
@@ -324,7 +325,7 @@ def learning(a):
     from tmlab.training.survey import survey, survey_table
     given = settings_given(a["set"], "bench learning")
     if taken := set(given) & {"tracks", "seed", "inputs", "output_dir", "run_name"}: raise ValueError(f"--set {', '.join(sorted(taken))}: has an option of its own, or is chosen by the survey")
-    rows = survey(a["tracks"], a["seeds"], a["inputs"], a["out"], a["card"], a["minutes"], a["episodes"], **given)
+    rows = survey(a["tracks"], a["seeds"], a["inputs"], a["out"], a["card"], a["minutes"], a["episodes"], a["until"], **given)
     print(survey_table(rows).to_string(index=False))
 
 @command

@@ -68,12 +68,12 @@ BARE = {"Buffer/size": "memory_size", "Gradients/norm_median": "grad_norm_histor
 class Trainer:
     """The state of a run: cars, buffer, learner, counters and random streams; `advance` makes one decision of every car and meanwhile learns what is owed.
 
-    `experts`: a `ReplayBuffer` of expert rows for `expert_share`; `prior`: what is `seen` → actions or logits; `aux`: see `Learner`; `watch(folder, trainer, episodes)` is called after every evaluation.
+    `experts`: a `ReplayBuffer` of expert rows for `expert_share`; `prior`: what is `seen` → actions or logits; `aux`: see `Learner`; `watch(folder, trainer, episodes)` is called after every evaluation, and ends the run by returning True.
     `env`: another vector of `num_envs` cars with gymnasium's same-step autoreset, whose observations and infos are as those of `RaceVectorEnv`. Without `snapshot` and `restore` a resumed run begins new races."""
     def __init__(self, cfg, tracks, aux=None, experts=None, prior=None, env=None, watch=None):
         if cfg.expert_share and experts is None: raise ValueError(f"expert_share is {cfg.expert_share}, but there are no expert rows; set expert_dir")
         self.cfg, self.tracks, self.bf16 = cfg, tracks, resolve_precision(cfg.precision, cfg.device) == "bf16"
-        self.learner, self.experts, self.watch = Learner(cfg, self.bf16, aux), experts, watch or (lambda *_: None)
+        self.learner, self.experts, self.watch, self.enough = Learner(cfg, self.bf16, aux), experts, watch or (lambda *_: None), False
         self.env = env or make_env(tracks, cfg.num_envs, cfg.image_size if cfg.use_image_head else None, cfg.threads, cfg.start, cfg.extras)
         self.buffer = empty_buffer(cfg, math.ceil(cfg.buffer_size / cfg.num_envs), cfg.num_envs, cfg.test_share)
         self.random = {name: torch.Generator().manual_seed(derive_seed(cfg.seed, name)) for name in ("act", "learn", "prior")}
@@ -437,7 +437,7 @@ def evaluate_and_keep(folder, trainer, log):
     if (score := score_of(episodes)) > trainer.best_score:
         trainer.best_score = score
         export_linesight(trainer.learner.policy, Path(folder) / "best", target=trainer.learner.target)
-    trainer.watch(folder, trainer, episodes)
+    trainer.enough = bool(trainer.watch(folder, trainer, episodes))
     return episodes
 
 def score_of(episodes):
@@ -446,9 +446,9 @@ def score_of(episodes):
     return float(episodes.finished.mean()), -math.inf if math.isnan(time_s) else -float(time_s), float(episodes.metres.mean())
 
 def train_on(run, trainer, log, bar):
-    "Decide and learn until the budget is spent; log, evaluate and save when it is due. Weights that are not healthy are not saved: the last good ones stay."
+    "Decide and learn until the budget is spent or `watch` has seen enough; log, evaluate and save when it is due. Weights that are not healthy are not saved: the last good ones stay."
     cfg, unsaved = trainer.cfg, False
-    while trainer.decisions < cfg.total_decisions and not (cfg.max_minutes and trainer.active_s > 60 * cfg.max_minutes):
+    while not trainer.enough and trainer.decisions < cfg.total_decisions and not (cfg.max_minutes and trainer.active_s > 60 * cfg.max_minutes):
         before = trainer.decisions
         trainer.advance()
         due = lambda every: trainer.decisions // every > before // every
