@@ -1,5 +1,5 @@
 "Training that is killed, resumed, given bad input."
-import os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 import numpy as np
 import pandas as pd
 import pytest
@@ -128,13 +128,15 @@ def test_published_settings_are_accepted():
     cfg = TrainConfig(**LINESIGHT)
     assert cfg.batch_size == 512 and resolve_precision("fp32") == "fp32"
 
-OPTIONS = dict(stack=dict(stack=3), recurrent=dict(stack=2, recurrent=True), extras=dict(extras=["progress"]), no_image=dict(use_image_head=False), no_floats=dict(use_float_head=False),
+OPTIONS = dict(stack=dict(stack=3), recurrent=dict(stack=2, recurrent=True), extras={}, no_image=dict(use_image_head=False), no_floats=dict(use_float_head=False),
                priorities=dict(priority_alpha=0.6), ddqn=dict(ddqn=True))
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_kind_of_network_trains_and_resumes(name, tmp_path):
     "Losses, actions and priorities of a run taken up from its checkpoint are those of the run that went on; the policy that is evaluated sees what the trained one saw."
-    cfg = TrainConfig(**TINY | OPTIONS[name])
+    (tmp_path / "z.json").write_text(json.dumps({resolve_tracks(TINY["tracks"])[0].id: [0.5, -1]}))
+    options = OPTIONS[name] | (dict(extras=["progress", str(tmp_path / "z.json")]) if name == "extras" else {})
+    cfg = TrainConfig(**TINY | options)
     trainer = lambda: Trainer(cfg, resolve_tracks(cfg.tracks))
     a, b = trainer(), trainer()
     for _ in range(40): a.advance()

@@ -35,6 +35,20 @@ def test_is_a_gymnasium_vector_env(tracks):
     assert {"time_ms", "finished", "progress_m", "track", "checkpoint", "end"} <= set(info)
 
 
+def test_numbers_of_tracks_are_seen(tracks):
+    "Behind the floats stand the numbers of the track that a car is on, in the order asked for, also in the last observation of an episode that ended."
+    z = {t.id: [k, -k] for k, t in enumerate(tracks)}
+    env = RaceVectorEnv(tracks, 4, image_size=None, threads=1, extras=(z, "progress", {t.id: 7.5 for t in tracks}), max_race_s=0.2)
+    obs, info = env.reset(seed=0)
+    expected = lambda info, ids: np.c_[ids, -ids, info["progress_m"] / [env.tracks[k].line.length_m for k in ids], np.full(4, 7.5)]
+    assert np.allclose(obs["extras"], expected(info, np.array([0, 1, 2, 0])), atol=1e-6) and env.single_observation_space["extras"].shape == (4,)
+    for _ in range(4): obs, *_, info = env.step(np.zeros(4, int))
+    assert info["_final_obs"].all() and np.allclose(np.stack([o["extras"] for o in info["final_obs"]]), expected(info["final_info"], np.array([0, 1, 2, 0])), atol=1e-6)
+    assert np.array_equal(obs["extras"][:, :2], [[1, -1], [2, -2], [0, 0], [1, -1]])
+    for bad, cause in (({tracks[0].id: [1]}, "no numbers for track"), (dict(zip(z, ([1], [1, 2], [1]))), "equally many"), (dict.fromkeys(z, [np.inf]), "finite"), (dict.fromkeys(z, [[1]]), "one list")):
+        with pytest.raises(ValueError, match=cause): RaceVectorEnv(tracks, 1, image_size=None, extras=(bad,))
+
+
 @pytest.mark.parametrize("mode,bad", [("keys", [0, 12]), ("keys", [-1, 0]), ("keys", [0]), ("keys", [0.0, 1.0]), ("keys", [[0, 1]]), ("keys", None),
                                       ("analog", [[0, 1, 0]]), ("analog", [[0, 1, 2], [0, 0, 0]]), ("analog", [[-1.5, 0, 0], [0, 0, 0]]), ("analog", [[np.nan, 0, 0], [0, 0, 0]])])
 def test_bad_actions(tracks, mode, bad):
@@ -335,7 +349,7 @@ def card_run(folders, device, mode, decisions=10, **pictures):
     "Everything that two cars see, earn and become in `decisions`, with ends and new episodes among them, as lists of arrays. `pictures`: image_size, view, distractors."
     read = lambda a: np.asarray(a.copy_to_host() if hasattr(a, "copy_to_host") else a).copy()
     seen_in = lambda obs: [read(obs[k]) for k in sorted(obs)]
-    env = RaceVectorEnv([Track.load(f) for f in folders], 2, device=device, random_start=True, extras=("progress",), max_race_s=0.3, action_mode=mode, shaping=-0.1, **dict(image_size=None) | pictures)
+    env = RaceVectorEnv([Track.load(f) for f in folders], 2, device=device, random_start=True, extras=("progress", {Track.load(f).id: [k, 0.5] for k, f in enumerate(folders)}), max_race_s=0.3, action_mode=mode, shaping=-0.1, **dict(image_size=None) | pictures)
     (obs, info), rng = env.reset(seed=3), np.random.default_rng(0)
     seen = [*seen_in(obs), read(info["episode"])]
     for k in range(decisions):

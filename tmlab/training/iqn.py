@@ -24,7 +24,7 @@ from ..models.encoder import image_hw
 from ..replays.floats import DECISION_MS, N_FLOATS
 from ..replays.store import ReplayStore
 from .buffer import Batch, ReplayBuffer, add_step, fill_replays, load_rows, row_files, sample, save_rows, usable_rows
-from .iqn_config import TrainConfig, network_options, schedule
+from .iqn_config import TrainConfig, count_extras, network_options, read_extras, schedule
 from .learner import Diverged, Learner, calibrate, keep_memory, part_files, potential, resolve_precision
 from .rollout import episode_row, explore, make_env, policy_values, resolve_tracks, rollout, run_config, seen, start, summary
 from .weights import WEIGHTS, export_linesight, load_linesight
@@ -237,7 +237,7 @@ def fresh_recent(): return dict(loss=[], norm=[], q=[], extra={}, races=[], choi
 def empty_buffer(cfg, steps, num_envs, test_share=0.0):
     "A `ReplayBuffer` for what a network of these settings sees."
     shape = (1, *image_hw(cfg.image_size)) if cfg.use_image_head else (1, 0, 0)
-    return ReplayBuffer(steps, num_envs, shape, N_FLOATS + len(cfg.extras), cfg.device, test_share=test_share, seed=derive_seed(cfg.seed, "test") % 2 ** 31)
+    return ReplayBuffer(steps, num_envs, shape, N_FLOATS + count_extras(cfg.extras), cfg.device, test_share=test_share, seed=derive_seed(cfg.seed, "test") % 2 ** 31)
 
 def expert_rows(cfg):
     "A `ReplayBuffer` of the replays in `expert_dir`, as one car's drives; says what could not be used. ValueError when nothing could."
@@ -357,7 +357,7 @@ def with_gap(kpis, reference_s):
 # %% ../../nbs/training/70_iqn.ipynb #f91cd9dc
 def identity(cfg, tracks, aux=None, experts=None, prior=None, env=None):
     "What decides the result of a run, as a dict: settings without those of place and speed, the content of tracks, weights and expert rows, further heads, the precision."
-    keep = cfg.model_dump(mode="json", exclude={"preset", "output_dir", "run_name", "threads", "save_every", "save_buffer", "init_dir", "prior_dir", "expert_dir", "warm_start_dir"})
+    keep = cfg.model_dump(mode="json", exclude={"extras", "preset", "output_dir", "run_name", "threads", "save_every", "save_buffer", "init_dir", "prior_dir", "expert_dir", "warm_start_dir"})
     files = part_files(cfg.init_dir, cfg.init_parts) if cfg.init_dir else []
     weights_or_replays = lambda folder: [path] if (path := Path(folder) / WEIGHTS[0]).exists() else sorted(Path(folder).rglob("manifest.json"))
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
@@ -365,7 +365,7 @@ def identity(cfg, tracks, aux=None, experts=None, prior=None, env=None):
                  **{k: [digest(f.read_bytes()) for f in weights_or_replays(folder)] for k in ("prior_dir", "warm_start_dir") if (folder := getattr(cfg, k))},
                  experts=experts and [digest(x.cpu().numpy().tobytes()) for x in experts.state_dict().values() if torch.is_tensor(x)])
     return keep | dict(precision=resolve_precision(cfg.precision, cfg.device), track_hashes=[t.hash for t in tracks],
-                       init=[digest(f.read_bytes()) for f in files]) | {k: v for k, v in given.items() if v}
+                       init=[digest(f.read_bytes()) for f in files], extras=read_extras(cfg.extras)) | {k: v for k, v in given.items() if v}
 
 def save_checkpoint(folder, trainer, log, buffer=True):
     "Write the new rows of the buffer (unless without it), then `checkpoint.pt`, which says up to which, and the weights, each atomically; `log` may be closed already."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_text', 'Schedule', 'PositiveSchedule', 'StepSchedule', 'LINESIGHT', 'PRESETS', 'parse_schedule', 'schedule',
            'checked_schedule', 'positive_schedule', 'step_schedule', 'parse_freeze', 'checked_freeze', 'two_sizes',
-           'TrainConfig', 'network_options']
+           'read_extras', 'count_extras', 'checked_extra', 'TrainConfig', 'network_options']
 
 # %% ../../nbs/training/62_iqn_config.ipynb #5255ac13
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 from ..core.config import Config
+from ..core.runs import read_json
 
 # %% ../../nbs/training/62_iqn_config.ipynb #0db9b2b5
 def parse_schedule(text):
@@ -75,6 +76,23 @@ LINESIGHT = dict(image_size=(120, 160), iqn_embedding_dimension=64, batch_size=5
                  gamma="0:0.999 1500000:0.999 2500000:1")
 PRESETS = dict(cpu={}, linesight=LINESIGHT)
 
+def read_extras(extras):
+    "`extras` of the world for those of a `TrainConfig`: names as they are, files read; what a run recorded is read already."
+    return [e if e == "progress" or isinstance(e, dict) else read_json(e) for e in extras]
+
+def count_extras(extras):
+    "How many numbers that are."
+    return sum(1 if e == "progress" else len(next(iter(e.values()))) for e in read_extras(extras))
+
+def checked_extra(text):
+    "`text`, when it is `progress` or a JSON file of {track id: [numbers]}."
+    if text == "progress": return text
+    if not text.endswith(".json"): raise ValueError(f"extras '{text}': neither 'progress' nor a JSON file")
+    table = read_json(text)
+    if not isinstance(table, dict) or not table or not all(isinstance(v, list) and v and all(isinstance(x, (int, float)) for x in v) for v in table.values()):
+        raise ValueError(f"extras '{text}': expected {{track id: [numbers]}}")
+    return text
+
 class TrainConfig(Config):
     "Settings of one IQN run; environment variables TRAIN_<FIELD>."
     model_config = SettingsConfigDict(env_prefix="TRAIN_")
@@ -103,7 +121,7 @@ class TrainConfig(Config):
     recurrent: bool = Field(False, description="each frame through the one-channel image head, an LSTM over the `stack` results")
     use_image_head: bool = Field(True, description="off: no image is rendered, stored or seen")
     use_float_head: bool = Field(True, description="off: the image alone, not even the time in the mini-race")
-    extras: list[Literal["progress"]] = Field([], description="numbers of the world behind the 184 floats; progress: share driven")
+    extras: list[Annotated[str, AfterValidator(checked_extra)]] = Field([], description="numbers of the world behind the 184 floats; progress: share driven; a JSON file {track id: [numbers]}: those of the track, an embedding say")
     start: Literal["random", "anywhere", "flying", "mixed"] = Field("flying", description="training starts at the line (differing offset, heading, speed), anywhere on the road, or there at up to 80 m/s; mixed: half of them flying, half at the line")
     num_envs: int = Field(64, ge=1, description="cars that drive at once")
     total_decisions: int = Field(400_000, ge=1, description="budget: decisions of 50 ms, all cars together")
@@ -177,4 +195,4 @@ class TrainConfig(Config):
 def network_options(cfg):
     "Arguments of `IQN`, and of `load_linesight`, in these settings."
     same = ("image_size", "iqn_embedding_dimension", "stack", "recurrent", "use_image_head", "use_float_head")
-    return {name: getattr(cfg, name) for name in same} | dict(extras=len(cfg.extras))
+    return {name: getattr(cfg, name) for name in same} | dict(extras=count_extras(cfg.extras))

@@ -18,7 +18,7 @@ from ..models.encoder import image_hw
 from ..models.iqn import draw_tau
 from ..tracks.generate import FAMILIES, generate_track
 from ..tracks.track import Track
-from .iqn_config import TrainConfig, network_options
+from .iqn_config import TrainConfig, count_extras, network_options, read_extras
 from .learner import mask_inputs, quantile_values, resolve_precision
 from .weights import load_linesight
 from ..world.env import RaceVectorEnv
@@ -65,7 +65,7 @@ def seen(obs, stack=1, before=None, began=None):
 
 def make_env(tracks, num_envs, image_size, threads=None, start="random", extras=()):
     "The world with differing starts at the line (`random`: offset, heading, speed) or `anywhere` on the road, there also `flying` (at up to 80 m/s), `mixed` (half of them flying, half at the line), or with the race's own, from `rest`. `image_size` None: nothing is rendered."
-    return RaceVectorEnv(tracks, num_envs, image_size=None if image_size is None else image_hw(image_size), extras=extras, threads=threads,
+    return RaceVectorEnv(tracks, num_envs, image_size=None if image_size is None else image_hw(image_size), extras=read_extras(extras), threads=threads,
                          random_start=dict(random=True, rest=False).get(start, start))
 
 def start(env, **kw):
@@ -85,8 +85,8 @@ def policy_values(net, obs, quantiles, generator, inputs="all", bf16=False):
 def rollout(net, tracks, episodes, seed, inputs="all", quantiles=32, bf16=False, threads=None, extras=(), starts="random"):
     """One greedy episode per car, `episodes` per track: DataFrame track, episode, finished, time_s (NaN when not finished), metres, driven_s, mean_q.
 
-    The same seed gives the same episodes, and on one machine the same results. `extras`: names of the world's numbers that `net` wants; `starts`: see `make_env`."""
-    if len(extras) != net.extras: raise ValueError(f"the network wants {net.extras} extra floats, extras names {len(extras)}: {', '.join(extras) or 'none'}")
+    The same seed gives the same episodes, and on one machine the same results. `extras`: the numbers behind the floats that `net` wants, as in `TrainConfig`; `starts`: see `make_env`."""
+    if (n := count_extras(extras)) != net.extras: raise ValueError(f"the network wants {net.extras} extra floats, the extras are {n}")
     n, which = episodes * len(tracks), np.arange(episodes * len(tracks)) % len(tracks)
     env, g = make_env(tracks, n, net.image_size, threads, starts, extras), torch.Generator().manual_seed(derive_seed(seed, "tau"))
     obs = seen(start(env, seed=derive_seed(seed, "evaluation") % 2 ** 31, options=dict(track=which)), net.stack)

@@ -68,9 +68,24 @@ class LineArrays(NamedTuple):
     finish_m: np.ndarray     # (T,) metres at the line's last own point
     length_m: np.ndarray     # (T,)
     gate_zone: np.ndarray    # (G,) of all tracks' gates: the zone in which it stands
+    extra: np.ndarray        # (T, E) float32, `extra_columns`
 
-def line_arrays(tracks, packed):
-    "`LineArrays` of `tracks` and their `pack`."
+def extra_columns(extras, tracks):
+    """What stands behind the floats on each of `tracks`, (T, E) float32: "progress", the share driven, which moves (NaN here), and dicts {track id: numbers}, an embedding of the track say.
+
+    ValueError for another name, a track that a dict lacks, and numbers that differ in how many they are or are not finite."""
+    columns = [np.empty((len(tracks), 0))]
+    for e in extras:
+        if isinstance(e, str) and e != "progress": raise ValueError(f"extras '{e}': by name there is only 'progress'; give the numbers of tracks as a dict {{track id: numbers}}")
+        if lacking := [] if isinstance(e, str) else [t.id for t in tracks if t.id not in e]: raise ValueError(f"extras: no numbers for track {', '.join(lacking[:4])}{' …' if len(lacking) > 4 else ''}")
+        rows = [[np.nan] if isinstance(e, str) else np.atleast_1d(e[t.id]) for t in tracks]
+        if len({np.shape(r) for r in rows}) > 1 or np.ndim(rows) != 2: raise ValueError(f"extras: one list of numbers a track, equally many for all; got the shapes {sorted({np.shape(r) for r in rows})}")
+        if not isinstance(e, str) and not np.isfinite(np.array(rows, float)).all(): raise ValueError("extras: numbers of tracks must be finite")
+        columns.append(np.array(rows, float))
+    return np.concatenate(columns, 1).astype(np.float32)
+
+def line_arrays(tracks, packed, extras=()):
+    "`LineArrays` of `tracks` and their `pack`; `extras` as for `extra_columns`."
     lo = packed.line_offset
     lines = [packed.line[a:b] for a, b in zip(lo[:-1], lo[1:])]
     ahead, per_phase = zip(*map(road_points, lines))
@@ -78,7 +93,7 @@ def line_arrays(tracks, packed):
     for k in range(len(lines)): road_along_line(packed, k, road_s)
     gate_zone = [a + LINE_BEFORE + np.searchsorted(road_s[a + LINE_BEFORE:b - LINE_AFTER], packed.gate_s[g:h]) for a, b, g, h in zip(lo[:-1], lo[1:], packed.gate_offset[:-1], packed.gate_offset[1:])]
     return LineArrays(metres, road_s, np.ascontiguousarray(np.concatenate(ahead, axis=1)), np.cumsum([0, *(a.shape[1] for a in ahead[:-1])]),
-                      np.array(per_phase, np.int64), metres[lo[1:] - LINE_AFTER], np.array([t.line.length_m for t in tracks]), np.concatenate(gate_zone).astype(np.int64))
+                      np.array(per_phase, np.int64), metres[lo[1:] - LINE_AFTER], np.array([t.line.length_m for t in tracks]), np.concatenate(gate_zone).astype(np.int64), extra_columns(extras, tracks))
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def on_ribbon(T, i, lateral, height):
@@ -249,11 +264,11 @@ def remember(c, action):
 # %% ../../nbs/world/30_env.ipynb #00b4ff8e
 @njit(**INLINE)
 def observe_car(c, T, L, floats, extras):
-    "The 184 `floats` of a row, and the share driven, when `extras` has room for it."
+    "The 184 `floats` of a row, and its `extras`."
     k = int(c[TRACK])
     column = L.ahead_offset[k] + road_column(int(c[ZONE]) - T.line_offset[k], L.per_phase[k])
     float_row(c, c, PREVIOUS, L.ahead, column, L.finish_m[k] - c[PROGRESS], floats)
-    if len(extras) > 0: extras[0] = c[PROGRESS] / L.length_m[k]
+    for j in range(len(extras)): extras[j] = c[PROGRESS] / L.length_m[k] if math.isnan(L.extra[k, j]) else L.extra[k, j]
 
 @njit(**INLINE)
 def describe_car(i, c, end, measured, counted):
@@ -331,7 +346,7 @@ def analog_controls(actions, n):
 class RaceVectorEnv(VectorEnv):
     """`num_envs` cars on `tracks` (one Track or a list). Car i drives track (i + episode) modulo their number unless `reset(options={"track": …})` says otherwise.
 
-    `image_size` (height, width), None: no images. `action_mode` "keys": (n,) 0 … 11, "analog": (n, 3) steer, gas, brake. `extras`: scalars beside the floats ("progress": share driven).
+    `image_size` (height, width), None: no images. `action_mode` "keys": (n,) 0 … 11, "analog": (n, 3) steer, gas, brake. `extras`: numbers behind the floats: "progress" (share driven), dicts {track id: numbers}; see `extra_columns`.
     `threads`: of the machine's cores by default. `random_start`: False, True, "anywhere", "flying" (anywhere, at up to 80 m/s), or "mixed" (half of the races flying, half True). `distractors` 0 … 3: see `render`. `shaping`: reward per metre of distance to the line (Linesight −0.1).
     A car whose episode ended begins the next one in the same step; infos describe the step just taken; `final_obs` and `final_info` hold what the ended cars saw last. Every step returns new arrays."""
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": [], "render_fps": 20}
@@ -343,15 +358,14 @@ class RaceVectorEnv(VectorEnv):
         if device not in ("cpu", "cuda"): raise ValueError(f"device {device!r}: 'cpu' or 'cuda'")
         if action_mode not in ("keys", "analog"): raise ValueError(f"action_mode {action_mode!r}: 'keys' or 'analog'")
         if not isinstance(num_envs, numbers.Integral) or num_envs < 1: raise ValueError(f"num_envs {num_envs!r}: a whole number from 1 on")
-        if set(extras) - {"progress"}: raise ValueError(f"extras {tuple(extras)}: only 'progress' is known")
         if distractors not in (0, 1, 2, 3): raise ValueError(f"distractors {distractors!r}: 0, 1, 2 or 3")
         if image_size is not None: make_view(image_size, view, True, distractors, 0)
         if not np.isfinite(shaping): raise ValueError(f"shaping {shaping!r}: reward per metre of distance to the reference line, such as -0.1")
-        self.num_envs, self.image_size, self.action_mode, self.extras, self.view, self.car = int(num_envs), image_size, action_mode, tuple(extras), view, car
+        self.num_envs, self.image_size, self.action_mode, self.view, self.car = int(num_envs), image_size, action_mode, view, car
         self.threads, self.max_race_s, self.random_start = thread_count(threads), float(max_race_s), random_mode(random_start)
         self.distractors, self.shaping = int(distractors), float(shaping)
         self.packed, self._seed, self._wanted = pack(self.tracks), None, np.full(self.num_envs, -1, np.int64)
-        self.lines, self._hashes = line_arrays(self.tracks, self.packed), [t.hash for t in self.tracks]
+        self.lines, self._hashes = line_arrays(self.tracks, self.packed, extras), [t.hash for t in self.tracks]
         self.rows = np.zeros((self.num_envs, N_ROW))
         self._make_spaces()
         self.device, self._card = device, CudaCars(self) if device == "cuda" else None
@@ -361,7 +375,7 @@ class RaceVectorEnv(VectorEnv):
         "Observation and action spaces, single and batched."
         parts = {} if self.image_size is None else dict(image=spaces.Box(0, 255, (1, *self.image_size), np.uint8))
         parts["floats"] = spaces.Box(-np.inf, np.inf, (N_FLOATS,), np.float32)
-        if self.extras: parts["extras"] = spaces.Box(-np.inf, np.inf, (len(self.extras),), np.float32)
+        if self.num_extras: parts["extras"] = spaces.Box(-np.inf, np.inf, (self.num_extras,), np.float32)
         self.single_observation_space = spaces.Dict(parts)
         analog = spaces.Box(np.array([-1, 0, 0], np.float32), np.ones(3, np.float32))
         self.single_action_space = spaces.Discrete(len(ACTIONS)) if self.action_mode == "keys" else analog
@@ -403,7 +417,10 @@ class RaceVectorEnv(VectorEnv):
         "Arrays for an observation of all cars."
         return {name: np.empty(space.shape, space.dtype) for name, space in self.observation_space.items()}
 
-    def _extras(self, obs): return obs["extras"] if self.extras else np.empty((self.num_envs, 0), np.float32)
+    @property
+    def num_extras(self): return self.lines.extra.shape[1]
+
+    def _extras(self, obs): return obs["extras"] if self.num_extras else np.empty((self.num_envs, 0), np.float32)
 
     def _restart(self, cars, obs):
         "Start the next episode of the `cars` (k,) and put what they see into `obs`."
@@ -581,7 +598,7 @@ class CudaCars:
         self.rows, self.wanted, self.key_controls, self.own = (cuda.to_device(a) for a in (env.rows, env._wanted, KEY_CONTROLS, np.arange(n)))
         self.pictures = None if env.image_size is None else CudaFrames(env, self.T)
         make, pixels = lambda shape, dtype=np.float64: cuda.to_device(np.zeros(shape, dtype)), 0 if env.image_size is None else math.prod(env.image_size)
-        seen = dict(floats=((n, N_FLOATS), np.float32), extras=((n, len(env.extras)), np.float32), image=((n, pixels), np.uint8))
+        seen = dict(floats=((n, N_FLOATS), np.float32), extras=((n, env.num_extras), np.float32), image=((n, pixels), np.uint8))
         self.sets = [dict(reward=make(n), measured=make((2, n)), counted=make((4, n), np.int64), over=make((3, n), np.bool_)) |
                      {prefix + name: make(*s) for prefix in ("", "final_") for name, s in seen.items()} for _ in range(2)]
 
