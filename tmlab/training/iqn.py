@@ -291,7 +291,7 @@ def entropy(counts):
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
-ENTROPY_MIN, GAP_MIN, LITTLE_EXPLORATION = 0.05, 1e-4, 0.1  # nats: one action in 99 of 100 decisions; value of a tenth of a millisecond; ε
+ENTROPY_MIN, GAP_MIN, LITTLE_EXPLORATION = 0.05, 1e-4, 0.15  # nats: one action in 99 of 100 decisions; value of a tenth of a millisecond; ε
 
 def policy_problem(trainer, values):
     "What is wrong with the policy of these logged `values`, as text, or None; a network is not judged before it has learned."

@@ -71,7 +71,7 @@ def two_sizes(x):
 
 LINESIGHT = dict(image_size=(120, 160), iqn_embedding_dimension=64, batch_size=512, reuse=32, buffer_size=50_000, start_learning=20_000,
                  n_step="3", failure_s=0, discard_non_greedy=True,
-                 polyak_tau=0.02, target_every=2048, failure="bootstrap", schedule_speed=1, learning_rate="0:1e-3 3000000:5e-5 12000000:5e-5 15000000:1e-5",
+                 polyak_tau=0.02, target_every=2048, failure="bootstrap", averaging=0, schedule_speed=1, learning_rate="0:1e-3 3000000:5e-5 12000000:5e-5 15000000:1e-5",
                  epsilon="0:1 50000:1 300000:0.1 3000000:0.03", epsilon_boltzmann="0:0.15 3000000:0.03", start="random",
                  gamma="0:0.999 1500000:0.999 2500000:1")
 PRESETS = dict(cpu={}, linesight=LINESIGHT)
@@ -144,12 +144,12 @@ class TrainConfig(Config):
     kappa: float = Field(5e-3, gt=0, description="width of the quadratic part of the quantile Huber loss")
     polyak_tau: float = Field(0.002, gt=0, le=1, description="share by which the target network moves towards the online one")
     target_every: int = Field(512, ge=1, description="memories learned from between two target updates")
-    averaging: int = Field(0, ge=0, description="gradient steps over which the weights are averaged (exponentially) that are evaluated and kept; 0: the online network's own, as upstream")
+    averaging: int = Field(2000, ge=0, description="gradient steps over which the weights are averaged (exponentially) that are evaluated and kept; 0: the online network's own, as upstream")
     schedule_speed: float = Field(10, gt=0, description="points of the schedules are upstream's frames: decisions times this")
     gamma: Schedule = Field("0:0.999", description="discount per decision; linear between points")
     learning_rate: PositiveSchedule = Field("0:5e-4 1000000:3e-4 4000000:3e-5", description="of RAdam; exponential between points, as the next two")
-    epsilon: PositiveSchedule = Field("0:1 30000:1 200000:0.1 800000:0.02", description="share of random actions")
-    epsilon_boltzmann: PositiveSchedule = Field("0:0.15 800000:0.02", description="share of the others that are the best after noise on the values")
+    epsilon: PositiveSchedule = Field("0:1 30000:1 200000:0.1", description="share of random actions; it stays at 0.1, since a policy that no noise pushes about drives along the edge of failing")
+    epsilon_boltzmann: PositiveSchedule = Field("0:0.15", description="share of the others that are the best after noise on the values")
     tau_boltzmann: float = Field(0.01, description="size of that noise")
     weight_decay_ratio: float = Field(0.02, ge=0, description="weight decay, as a share of the learning rate")
     adam_eps: float = Field(1e-4, description="of RAdam")

@@ -311,7 +311,7 @@ class Learner:
         with torch.no_grad(): torch._foreach_mul_(moving, 1 - lr * self.cfg.weight_decay_ratio)
         self.gradient_steps, self.memories = self.gradient_steps + 1, self.memories + len(b.action)
         self.follow(len(b.action))
-        if self.average and self.gradient_steps % AVERAGED_EVERY == 0: self.follow_average()
+        if self.average is not None and self.gradient_steps % AVERAGED_EVERY == 0: self.follow_average()
         return Step(loss.detach().mean().item(), norm, q.detach().mean().item(), error, extra)
 
     def diagnosis(self, b, loss, norm, lr):
@@ -338,10 +338,10 @@ class Learner:
     @property
     def policy(self):
         "The network that is evaluated and kept."
-        return self.average or self.net
+        return self.net if self.average is None else self.average  # a compiled network has no truth value
 
     @property
-    def modules(self): return ("net", "target", "opt", "aux", "guard", *(("average",) if self.average else ()))
+    def modules(self): return ("net", "target", "opt", "aux", "guard", *(("average",) if self.cfg.averaging else ()))
 
     def state_dict(self):
         return {name: getattr(self, name).state_dict() for name in self.modules} | dict(self_loss=self.self_loss, gradient_steps=self.gradient_steps, memories=self.memories)
