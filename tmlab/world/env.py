@@ -7,13 +7,13 @@ __all__ = ['WORLD_VERSION', 'ZONE', 'BEST_ZONE', 'BEST_S', 'BEST_MS', 'EPISODE',
            'RUNNING', 'FINISHED', 'OFF_ROAD', 'NO_PROGRESS', 'TIME_LIMIT', 'ABOVE_ROAD_M', 'NO_RANDOM', 'RANDOM_START',
            'ANYWHERE', 'FLYING', 'MIXED', 'START_MPS', 'FLYING_MPS', 'PASS_M', 'BELOW_M', 'REWARD_PER_MS',
            'REWARD_PER_M', 'IDLE_MS', 'IDLE_M', 'PAST_GATE_M', 'PAST_GATE_ZONES', 'KEY_CONTROLS', 'ACTION_OF_KEYS',
-           'THREADS_PER_BLOCK', 'MOST_DRAWING', 'uniform', 'mixed', 'LineArrays', 'line_arrays', 'on_ribbon',
-           'road_along_line', 'zone_at', 'section_before', 'place_on_line', 'begin', 'pass_gates', 'next_gate',
-           'next_zone', 'zone_back_on_road', 'line_distance', 'is_finite', 'put_back', 'decide', 'distractor_key',
-           'end_of', 'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car', 'step_cars', 'restart_cars',
-           'observe_cars', 'key_controls', 'analog_action', 'analog_actions', 'analog_controls', 'RaceVectorEnv',
-           'wanted_tracks', 'final_of', 'thread_count', 'random_mode', 'cuda_kernels', 'two_of_min_max', 'on_card',
-           'CudaFrames', 'CudaCars', 'RaceEnv']
+           'THREADS_PER_BLOCK', 'MOST_DRAWING', 'uniform', 'mixed', 'LineArrays', 'extra_columns', 'line_arrays',
+           'on_ribbon', 'road_along_line', 'zone_at', 'section_before', 'place_on_line', 'begin', 'pass_gates',
+           'next_gate', 'next_zone', 'zone_back_on_road', 'line_distance', 'is_finite', 'put_back', 'decide',
+           'distractor_key', 'end_of', 'remember', 'observe_car', 'describe_car', 'step_car', 'restart_car',
+           'step_cars', 'restart_cars', 'observe_cars', 'key_controls', 'analog_action', 'analog_actions',
+           'analog_controls', 'RaceVectorEnv', 'wanted_tracks', 'final_of', 'thread_count', 'random_mode',
+           'cuda_kernels', 'two_of_min_max', 'on_card', 'CudaFrames', 'CudaCars', 'RaceEnv']
 
 # %% ../../nbs/world/30_env.ipynb #1677e6f4
 import math, numbers, os
