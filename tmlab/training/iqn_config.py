@@ -165,7 +165,7 @@ class TrainConfig(Config):
     mark_decisions: int = Field(12_000, ge=1, description="kpis.csv has a row at every multiple")
     mark_gradient_steps: int = Field(1_000, ge=1, description="kpis.csv has a row at every multiple")
     mark_active_s: float = Field(60, gt=0, description="kpis.csv has a row at every multiple, seconds of driving and learning")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the network's large layers; auto: bf16 where the hardware multiplies it")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the network's large layers; auto: bf16 where the hardware multiplies it faster")
     threads: Optional[int] = Field(None, ge=1, description="of torch and of the world; None: as torch finds them")
     device: str = Field("cpu", description="cpu or cuda")
 
