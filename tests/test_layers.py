@@ -6,7 +6,7 @@ import pytest
 # Bottom to top; inside a layer from left to right. A room imports from lower layers and from rooms to its left.
 LAYERS = dict(
     core="config runs compat state",
-    evidence="stats events kpi ledger batch report",
+    evidence="stats events kpi ledger batch report verdict",
     tracks="line geometry track gates lidar graph corridors blocks generate",
     replays="actions gbx scripts maps manifest store floats frames split cache card export",
     world="car fidelity camera env racing_line expert record",

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['command', 'commands', 'Parser', 'parser', 'import_', 'generate', 'check', 'map_', 'convert', 'prepare', 'card',
            'export', 'configured', 'pretrain', 'inject', 'train', 'settings_given', 'evaluate', 'compare',
-           'write_figures', 'run', 'report', 'demo', 'bench', 'learning', 'lab', 'main', 'usage', 'run_command']
+           'write_figures', 'run', 'report', 'batch_report', 'demo', 'bench', 'learning', 'lab', 'main', 'usage',
+           'run_command']
 
 # %% ../nbs/20_cli.ipynb #1355ff54
 import argparse, os, sys
@@ -265,14 +266,25 @@ def run(argv):
 
 @command
 def report(argv):
-    "Write the HTML of an executed notebook, and the index of all reports."
+    "Write the page of an executed notebook or, from its tables, of a batch; and the index of all reports."
     p = parser("report")
-    p.add_argument("notebook", nargs="?", help="executed notebook; without one only the index is written")
+    p.add_argument("what", nargs="?", help="executed notebook, or the folder of a batch's results (reports/NAME); without one only the index is written")
     p.add_argument("--reports", default="reports")
     a = p.parse_args(argv)
     from tmlab.evidence.report import index_page, to_html
-    if a.notebook: print(to_html(a.notebook, Path(a.reports) / Path(a.notebook).stem / "index.html"))
+    if a.what and Path(a.what).is_dir(): return print(batch_report(a.what))
+    if a.what: print(to_html(a.what, Path(a.reports) / Path(a.what).stem / "index.html"))
     print(index_page(a.reports))
+
+def batch_report(folder):
+    "The page of the batch whose tables are in `folder`; first the reference times of its tracks, where a newer way of finding them exists than the one noted in `references.csv`."
+    from tmlab.evidence.verdict import note_references, tracks_to_time, write_report
+    from tmlab.world.expert import SEARCH_VERSION
+    if todo := tracks_to_time(folder, f"search {SEARCH_VERSION}"):
+        from tmlab.training.rollout import reference_times
+        print(f"finding the reference times of {len(todo)} track{'s' * (len(todo) > 1)} (up to half a minute each)", file=sys.stderr)
+        note_references(folder, {spec: next(iter(reference_times([spec], find=True).items())) for spec in todo})
+    return write_report(folder)
 
 @command
 def demo(argv):
