@@ -137,13 +137,19 @@ def enter_run(dir, config, h):
     run.resumed, run.finished = record["status"] != "finished", record["status"] == "finished"
     return run
 
-def lock_file(path):
-    "An exclusive lock on `path`, held until closed or the process ends; ValueError when another process holds it."
+def lock_file(path, wait=False):
+    "An exclusive lock on `path` (its folder is made), held until closed or the process ends; ValueError when another process holds it, unless it is to `wait`."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     f = open(path, "a+")
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
+        busy = e.errno in (errno.EAGAIN, errno.EACCES)
+        if busy and wait:
+            print(f"{path}: in use by another process; waiting for it", file=sys.stderr)
+            fcntl.flock(f, fcntl.LOCK_EX)
+            return f
         f.close()
-        if e.errno not in (errno.EAGAIN, errno.EACCES): raise
+        if not busy: raise
         raise ValueError(f"{Path(path).parent} is in use by another process; wait for it or choose another run name") from None
     return f
 

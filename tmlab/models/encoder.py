@@ -76,7 +76,11 @@ def fold_normalisation(state, kind):
     return {**state, "0.weight": weight * scale, "0.bias": bias + scale * weight.sum((1, 2, 3))}
 
 # %% ../../nbs/models/10_encoder.ipynb #bd508b03
-def merge_channels(state, kernel="mean"):
-    "The state dict with its first kernel (16, N, 4, 4) merged to one channel by `mean` or `sum`."
+def merge_channels(state, kernel="mean", channels=1):
+    "The state dict with its first kernel (16, N, 4, 4) merged to one channel by `mean` or `sum`, or, of one channel, spread over `channels` such that merging it gives it back."
     if kernel not in ("mean", "sum"): raise ValueError(f"kernel {kernel!r}: use 'mean' or 'sum'")
-    return {**state, "0.weight": getattr(state["0.weight"], kernel)(1, keepdim=True)}
+    weight = state["0.weight"]
+    if weight.shape[1] == channels: return dict(state)
+    if channels == 1: return {**state, "0.weight": getattr(weight, kernel)(1, keepdim=True)}
+    if weight.shape[1] > 1: raise ValueError(f"the encoder takes {weight.shape[1]} frames, the agent {channels}: merge them to one, or give the agent as many")
+    return {**state, "0.weight": weight.expand(-1, channels, -1, -1) / (channels if kernel == "sum" else 1)}

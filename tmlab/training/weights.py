@@ -114,11 +114,11 @@ def read_encoder(encoder_pt, meta_json=None):
         if meta.get(k, v) != v: raise ValueError(f"{path}: '{k}' is {meta[k]!r}, but {encoder_pt} has {v!r}: they are not of one run")
     return state, meta
 
-def agent_encoder(state, image_normalization, kernel="mean", fold=True):
-    "An encoder's state dict made fit for an agent: one channel, and (with `fold`) the agent's pixels. ValueError when it still does not fit."
-    state = merge_channels(state, kernel)
+def agent_encoder(state, image_normalization, kernel="mean", fold=True, channels=1):
+    "An encoder's state dict made fit for an agent: its number of `channels`, and (with `fold`) its pixels. ValueError when it still does not fit."
+    state = merge_channels(state, kernel, channels)
     if fold: state = fold_normalisation(state, image_normalization)
-    assert arch_hash(state) == ARCH_HASH, arch_hash(state)
+    assert channels > 1 or arch_hash(state) == ARCH_HASH, arch_hash(state)
     return state
 
 # %% ../../nbs/training/20_weights.ipynb #6b1d424c
@@ -130,7 +130,8 @@ class InjectConfig(Config):
     meta_json: str | None = Field(None, description="pretrain_meta.json; by default the one beside encoder_pt")
     fresh: bool = Field(True, description="make new networks; --no-fresh patches the existing files")
     dry_run: bool = Field(False, description="check and report, write nothing")
-    kernel: Literal["mean", "sum"] = Field("mean", description="how the first kernel of an N-channel encoder becomes one channel")
+    kernel: Literal["mean", "sum"] = Field("mean", description="how the first kernel of an N-channel encoder becomes one channel, and what one channel spread over N gives when it is merged again")
+    stack: int = Field(1, ge=1, description="frames that the agent takes as channels of one image; a recurrent agent takes 1")
     prefix: Literal["none", "compiled", "keep"] = Field("keep", description="names of the tensors: none, compiled (_orig_mod.), or as the existing files have them")
     fold_normalisation: bool = Field(True, description="fold the change of pixel range of a '01' encoder into its first convolution")
     image_normalization: Literal["01", "iqn"] | None = Field(None, description="pixels the encoder was trained on; needed when there is no record")
@@ -153,9 +154,9 @@ def agent_pair(cfg, meta):
     if cfg.fresh:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            net = IQN(size or meta.get("image_size", 64), cfg.iqn_embedding_dimension or 128)
+            net = IQN(size or meta.get("image_size", 64), cfg.iqn_embedding_dimension or 128, stack=cfg.stack)
         return [(net.state_dict(), "")] * 2, net
-    online, _ = load_linesight(cfg.save_dir, size, cfg.iqn_embedding_dimension)
+    online, _ = load_linesight(cfg.save_dir, size, cfg.iqn_embedding_dimension, stack=cfg.stack)
     return [read_weights(p) for p in paths], online
 
 def overwritten(paths, states, prefix):
@@ -174,12 +175,12 @@ def inject(encoder_pt, save_dir, **options):
     cfg, paths = inject_options(encoder_pt, save_dir, options), [Path(save_dir) / n for n in WEIGHTS]
     state, meta = read_encoder(encoder_pt, cfg.meta_json)
     pixels = trained_pixels(meta, cfg.image_normalization, encoder_pt)
-    head = {f"img_head.{k}": v for k, v in agent_encoder(state, pixels, cfg.kernel, cfg.fold_normalisation).items()}
+    head = {f"img_head.{k}": v for k, v in agent_encoder(state, pixels, cfg.kernel, cfg.fold_normalisation, cfg.stack).items()}
     pair, net = agent_pair(cfg, meta)
     states, prefix = [{k: head.get(k, v) for k, v in old.items()} for old, _ in pair], dict(none="", compiled=PREFIX, keep=pair[0][1])[cfg.prefix]
     if cfg.fresh: overwritten(paths, states, prefix)
     report = dict(encoder_pt=str(encoder_pt), save_dir=str(save_dir), dry_run=cfg.dry_run, fresh=cfg.fresh, image_size=net.image_size,
-                  iqn_embedding_dimension=net.iqn_embedding_dimension, in_channels=state["0.weight"].shape[1], kernel=cfg.kernel, image_normalization=pixels,
+                  iqn_embedding_dimension=net.iqn_embedding_dimension, in_channels=state["0.weight"].shape[1], stack=cfg.stack, kernel=cfg.kernel, image_normalization=pixels,
                   folded=cfg.fold_normalisation and pixels != "iqn", prefix=prefix, replaced=list(head), written=[] if cfg.dry_run else list(map(str, paths)))
     for path, new in zip(paths, states):
         check_weights(new, net, path)
@@ -203,7 +204,9 @@ def inject_notes(report, meta):
     size, save, out = report["image_size"], Path(report["save_dir"]), []
     if report["image_normalization"] != "iqn" and not report["folded"]:
         out.append("WARNING: the encoder was trained on x / 255, the agent feeds (x - 128) / 128: its features will not be those that were learned")
-    if report["in_channels"] > 1: out.append(f"the first kernel of {report['in_channels']} channels became one by {report['kernel']}")
+    channels, stack = report["in_channels"], report["stack"]
+    if channels > stack: out.append(f"the first kernel of {channels} channels became one by {report['kernel']}")
+    if channels < stack: out.append(f"the first kernel of one channel was spread over {stack}: their {report['kernel']} is what it was")
     if "image_size" in meta and image_hw(meta["image_size"]) != size: out.append(f"the encoder was trained at {meta['image_size']} pixels, the agent sees {size[0]}x{size[1]}")
     if (save / "optimizer1.torch").exists(): out.append("optimizer1.torch holds moments of the former encoder; delete it together with scaler.torch to begin afresh")
     if not (save / "accumulated_stats.joblib").exists(): out.append("no accumulated_stats.joblib: Linesight begins with exploration 1.0 and learning rate 1e-3")
