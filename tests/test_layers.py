@@ -6,12 +6,12 @@ import pytest
 # Bottom to top; inside a layer from left to right. A room imports from lower layers and from rooms to its left.
 LAYERS = dict(
     core="config runs compat state",
-    evidence="stats events kpi ledger batch report verdict",
+    evidence="stats events kpi ledger batch design runner cluster report verdict",
     tracks="line geometry track gates lidar graph corridors blocks generate",
     replays="actions gbx scripts maps manifest store floats frames split cache card export",
     world="car fidelity camera env racing_line expert record",
     models="encoder augment visual iqn policy multimodal latent_action trajectory track_encoder completion",
-    training="artifacts weights pretrain clone dagger buffer iqn_config learner rollout iqn speed survey ppo latent trajectories",
+    training="artifacts weights pretrain clone dagger buffer iqn_config learner rollout iqn speed survey experiment ppo latent trajectories",
     link="protocol client server",
     explore="player frames space tracks runs",
     top="bench demo cli",
