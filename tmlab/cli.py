@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['command', 'commands', 'Parser', 'parser', 'import_', 'generate', 'check', 'map_', 'convert', 'prepare', 'card',
            'export', 'configured', 'pretrain', 'inject', 'train', 'settings_given', 'evaluate', 'compare',
-           'write_figures', 'run', 'report', 'batch_report', 'demo', 'bench', 'learning', 'lab', 'main', 'usage',
-           'run_command']
+           'write_figures', 'run', 'run_one', 'run_batch_file', 'ray_pool', 'runs', 'report', 'batch_report', 'demo',
+           'bench', 'learning', 'lab', 'main', 'usage', 'run_command']
 
 # %% ../nbs/20_cli.ipynb #1355ff54
 import argparse, os, sys
@@ -250,19 +250,87 @@ def write_figures(figures, path):
 
 @command
 def run(argv):
-    "Execute one experiment notebook with parameters and write its report."
+    "Execute a batch of experiments (BATCH.yaml), or one notebook with parameters, and write the report."
     p = parser("run")
-    p.add_argument("notebook")
-    p.add_argument("-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    p.add_argument("--name", help="name of the report (default: the notebook's)")
-    p.add_argument("--reports", default="reports")
+    p.add_argument("what", help="batch file (.yaml) or notebook (.ipynb)")
+    p.add_argument("--reports", default="reports", help="folder of tables and pages")
+    n = p.add_argument_group("a notebook")
+    n.add_argument("-p", "--param", nargs=2, action="append", metavar=("NAME", "VALUE"))
+    n.add_argument("--name", help="name of the report (default: the notebook's)")
+    b = p.add_argument_group("a batch: what is finished is not run again, whatever ended it")
+    b.add_argument("--preset", help="scale: smoke, cpu (default) or gpu, as the file has them")
+    b.add_argument("--seeds", nargs="+", type=int, help="these instead of the file's")
+    b.add_argument("--arms", nargs="+", help="only these")
+    b.add_argument("--jobs", type=int, help="units at a time (default: as many as cores, memory and GPUs allow)")
+    b.add_argument("--memory-gb-per-unit", type=float, help="default: the preset's, or 1.5")
+    b.add_argument("--max-hours", type=float, help="begin no unit that would probably end later")
+    b.add_argument("--ray", metavar="ADDRESS", help="run the units on the Ray cluster there (host:port, or auto)")
+    b.add_argument("--output", default="output", help="folder of units, data and encoders")
+    b.add_argument("--dry-run", action="store_true", help="check everything, say how long it takes, run nothing")
     a = p.parse_args(argv)
+    of_batch = [f"--{k.replace('_', '-')}" for k in ("preset", "seeds", "arms", "jobs", "memory_gb_per_unit", "max_hours", "ray", "dry_run") if getattr(a, k)]
+    of_notebook = [f"--{k}" for k in ("param", "name") if getattr(a, k)]
+    is_batch = Path(a.what).suffix in (".yaml", ".yml")
+    if wrong := of_notebook if is_batch else of_batch: raise ValueError(f"{wrong[0]} is for a {'notebook' if is_batch else 'batch file'}, {a.what} is none")
+    return run_batch_file(a) if is_batch else run_one(a)
+
+def run_one(a):
+    "Execute the notebook `a.what` into its own folder of reports."
     import yaml
     from tmlab.evidence.batch import run_notebook
     from tmlab.evidence.report import to_html
-    name = a.name or Path(a.notebook).stem
-    done = run_notebook(a.notebook, Path(a.reports) / name / f"{name}.ipynb", {k: yaml.safe_load(v) for k, v in a.param})
+    name = a.name or Path(a.what).stem
+    done = run_notebook(a.what, Path(a.reports) / name / f"{name}.ipynb", {k: yaml.safe_load(v) for k, v in a.param or ()})
     print(to_html(done, Path(a.reports) / name / "index.html"))
+
+def run_batch_file(a):
+    "Run the units of the batch file `a.what`, write tables and page; exit status 1 when units failed."
+    from tmlab.evidence.design import read_batch
+    from tmlab.evidence.runner import gather, local_pool, restore, run_batch
+    b = read_batch(a.what, a.preset or "cpu", a.seeds, a.arms)
+    if back := restore(b, a.output, a.reports): print(f"{back} units are known from {Path(a.reports) / b.folder}/rows.csv and are not run again", file=sys.stderr)
+    pool = ray_pool(b, a.ray) if a.ray else local_pool(b, a.jobs, a.memory_gb_per_unit)
+    try: board = run_batch(b, pool, a.output, a.max_hours, dry_run=a.dry_run)
+    except KeyboardInterrupt:
+        print("interrupted; finished units are kept, the same command goes on", file=sys.stderr)
+        if Path(a.output).exists(): gather(b, a.output, a.reports)
+        return 130
+    if a.dry_run: return
+    folder = gather(b, a.output, a.reports)
+    if any(r["status"] == "finished" for r in board.records.values()): print(batch_report(folder))
+    for u, r in board.failures: print(f"{u}: {r['status']}: {r['error']}", file=sys.stderr)
+    if board.left: print(f"{board.left} of {len(b.units)} units are left; the same command goes on", file=sys.stderr)
+    return 1 if board.failures else 0
+
+def ray_pool(b, address):
+    "`RayPool` for `Batch` b: a core (and a share of a GPU) a unit."
+    from tmlab.evidence.cluster import RayPool
+    return RayPool(address, 1, b.scale.gpus)
+
+@command
+def runs(argv):
+    "List, filter and compare the units of all batches."
+    p = parser("runs")
+    p.add_argument("--output", default="output", help="folder of units")
+    p.add_argument("--batch")
+    p.add_argument("--arm")
+    p.add_argument("--status", help="finished, failed, running or interrupted")
+    p.add_argument("--where", nargs="+", default=[], metavar="NAME=VALUE", help="conditions on columns, parameters and scores: seed=3 'metres>=250'")
+    p.add_argument("--compare", metavar="SCORE", help="interquartile mean and interval of a score instead of the list")
+    p.add_argument("--by", nargs="+", default=["arm"], help="columns or parameters whose values are compared")
+    p.add_argument("--csv", help="write the table there instead")
+    a = p.parse_args(argv)
+    import pandas as pd
+    from tmlab.core.runs import atomic_path
+    from tmlab.evidence.ledger import choose, compare_units, read_ledger
+    if not Path(a.output, "batches").is_dir(): raise ValueError(f"{a.output}/batches: no such folder; `tmlab run BATCH.yaml` makes it, --output names another")
+    table = choose(read_ledger(a.output), a.batch, a.arm, a.status, a.where)
+    if a.compare: table = compare_units(table, a.compare, a.by)
+    elif not a.csv: table = table[["hash", "batch", "group", "arm", "seed", "status", "wall_s", *(c for c in table if c.startswith("score_") and table[c].notna().any())]].rename(columns=lambda c: c.removeprefix("score_"))
+    if a.csv:
+        with atomic_path(a.csv) as tmp: table.to_csv(tmp, index=False)
+        return print(a.csv)
+    with pd.option_context("display.width", None, "display.max_columns", None, "display.max_rows", None, "display.float_format", "{:.4g}".format, "display.max_colwidth", 40): print(table.to_string(index=False))
 
 @command
 def report(argv):

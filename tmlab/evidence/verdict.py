@@ -98,7 +98,7 @@ def pairs(results, entry):
     if score not in results.rows: raise ValueError(f"{results.folder}: no score '{score}'" + nearest(score, [c for c in results.rows if c not in NOT_SCORES]))
     for a in (control, *entry.get("arms", ())):
         if a not in results.plan["arms"]: raise ValueError(f"{results.folder}: no arm '{a}'" + nearest(a, list(results.plan["arms"])))
-    return [(g, a, control) for g in results.groups for a in entry.get("arms") or results.arms if a != control]
+    return [(g, a, control) for g in results.groups for a in entry.get("arms") or list(results.plan["arms"]) if a != control]
 
 def judge(results):
     "One row a comparison: score, primary, group, and the row of its `Verdict`; `v` is the Verdict itself (None where none could be made)."
@@ -109,7 +109,7 @@ def judge(results):
         made = [r for r in rows if r["v"] is not None]
         for r, p in zip(made, holm([r["v"].p for r in made])): r["v"] = replace(r["v"], p_corrected=min(1.0, p), correction="Holm")
         out += [r | (r["v"].row() if r["v"] else {}) for r in rows]
-    table = pd.DataFrame(out)
+    table = pd.DataFrame(out, columns=None if out else ["score", "primary", "group", "a", "b", "verdict", "n_a", "n_b", "text", "v"])
     if results.plan.get("preset") == "smoke" and len(table): table["verdict"] = "no verdict"
     return table
 
