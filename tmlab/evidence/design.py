@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Parameters', 'SET_BY_RUNNER', 'Strict', 'Preset', 'Comparison', 'Relation', 'BatchFile', 'OnceLoader',
-           'read_batch_file', 'wrong_key', 'code_hash', 'defaults', 'Unit', 'make_units', 'Batch', 'read_batch', 'once',
-           'known_arm', 'check_batch', 'check_arms_differ']
+           'read_batch_file', 'read_mapping', 'over', 'wrong_key', 'code_hash', 'defaults', 'Unit', 'make_units',
+           'Batch', 'read_batch', 'once', 'known_arm', 'check_batch', 'check_arms_differ']
 
 # %% ../../nbs/evidence/52_design.ipynb #71c9fcf3
 import ast, hashlib, json
@@ -75,13 +75,23 @@ class OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 def read_batch_file(path):
-    "The `BatchFile` at `path`; ValueError naming the file and the key that is wrong, and the nearest known one."
+    "The `BatchFile` at `path`, over the one that it names as `base`; ValueError naming the file and the key that is wrong, and the nearest known one."
+    data = read_mapping(path)
+    if "base" in data: data = over(read_mapping(Path(path).parent / str(data.pop("base"))), data)
+    try: return BatchFile(**data)
+    except ValidationError as e: raise ValueError(f"{path}: " + "; ".join(map(wrong_key, e.errors()))) from None
+
+def read_mapping(path):
+    "The mapping in the YAML file at `path`."
     try: data = yaml.load(Path(path).read_text(), OnceLoader)
     except FileNotFoundError: raise ValueError(f"{path}: no such batch file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(data, dict): raise ValueError(f"{path}: expected a mapping with title, question, notebook, arms, seeds and presets")
-    try: return BatchFile(**data)
-    except ValidationError as e: raise ValueError(f"{path}: " + "; ".join(map(wrong_key, e.errors()))) from None
+    return data
+
+def over(base, data):
+    "`data` over `base`: mappings key by key, anything else replaced."
+    return base | {k: over(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in data.items()}
 
 def wrong_key(err):
     "One error of pydantic in words."
