@@ -336,12 +336,14 @@ def runs(argv):
 def report(argv):
     "Write the page of an executed notebook or, from its tables, of a batch; and the index of all reports."
     p = parser("report")
-    p.add_argument("what", nargs="?", help="executed notebook, or the folder of a batch's results (reports/NAME); without one only the index is written")
+    p.add_argument("what", nargs="?", help="executed notebook (of a unit: output/batches/HASH/unit.ipynb), or the folder of a batch's results (reports/NAME); without one only the index is written")
     p.add_argument("--reports", default="reports")
     a = p.parse_args(argv)
     from tmlab.evidence.report import index_page, to_html
     if a.what and Path(a.what).is_dir(): return print(batch_report(a.what))
-    if a.what: print(to_html(a.what, Path(a.reports) / Path(a.what).stem / "index.html"))
+    if a.what:
+        path = Path(a.what).resolve()
+        print(to_html(a.what, Path(a.reports) / (path.parent.name if path.stem == "unit" else path.stem) / "index.html"))  # a unit is known by its folder
     print(index_page(a.reports))
 
 def batch_report(folder):

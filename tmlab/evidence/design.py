@@ -65,6 +65,7 @@ class BatchFile(Strict):
     power: bool = False
     controls: list[str] = []
     limits: list[str] = []
+    scores: dict[str, str] = {}
 
 # %% ../../nbs/evidence/52_design.ipynb #6c4018e0
 class OnceLoader(yaml.SafeLoader):

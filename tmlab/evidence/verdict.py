@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['REFERENCES', 'NOT_SCORES', 'INK', 'AXES', 'Results', 'read_results', 'read_table', 'add_gap', 'known_references',
            'tracks_to_time', 'note_references', 'entries', 'pairs', 'judge', 'judge_pair', 'unfit', 'size_text',
-           'primary', 'answer_line', 'answer', 'sentences', 'would_change', 'power_at', 'colour', 'effects_figure',
-           'scores_figure', 'bands', 'curves_figure', 'tracks_figure', 'score_names', 'track_scores', 'settings_text',
-           'design', 'rank_correlation', 'relations', 'verdicts_csv', 'about', 'report_notebook', 'write_report']
+           'primary', 'named', 'answer_line', 'answer', 'sentences', 'would_change', 'power_at', 'colour',
+           'effects_figure', 'scores_figure', 'bands', 'curves_figure', 'tracks_figure', 'score_names', 'track_scores',
+           'settings_text', 'design', 'rank_correlation', 'relations', 'verdicts_csv', 'about', 'report_notebook',
+           'write_report']
 
 # %% ../../nbs/evidence/65_verdict.ipynb #c529b59b
 import html, tempfile
@@ -142,6 +143,11 @@ def primary(table):
     if not len(table): return table
     return table[table.primary] if table.primary.any() else table[table.score == table.score.iloc[0]]
 
+def named(results, score):
+    "The score with what it is, in the words of the batch file (`scores`)."
+    words = (results.plan.get("scores") or {}).get(score)
+    return f"{score} ({words})" if words else score
+
 def answer_line(results, table):
     "One sentence: what came out of the primary comparisons."
     if not len(primary(table)): return "No comparison was asked for."
@@ -157,13 +163,13 @@ def answer(results, table):
     line = lambda r: (f'<tr class="{TONE.get(r["verdict"], "open")}"><td><b class="chip">{r["verdict"]}</b></td><td>{html.escape((r["group"] + ": ") if r["group"] else "")}<b>{html.escape(r["a"])}</b> against {html.escape(r["b"])}</td>'
                       f'<td>{html.escape(size_text(r))}</td><td>{r["n_a"]} seeds</td></tr>')
     rows = [line(r) for r in primary(table).to_dict("records")]
-    what = f"{primary(table).score.iloc[0]}: difference and its 95 % interval" if rows else ""
+    what = f"{named(results, primary(table).score.iloc[0])}: difference and its 95 % interval" if rows else ""
     return HTML(f'<div class="answer"><table><thead><tr><th></th><th></th><th>{html.escape(what)}</th><th></th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>') if rows else HTML("<p>No comparison was asked for.</p>")
 
 # %% ../../nbs/evidence/65_verdict.ipynb #968f1569
-def sentences(table):
+def sentences(results, table):
     "The sentences of all comparisons as a list in HTML, grouped by score."
-    items = "".join(f'<h3>{html.escape(score)}{"" if g.primary.any() else " (exploratory: not what the batch was made for)"}</h3><ul>' + "".join(
+    items = "".join(f'<h3>{html.escape(named(results, score))}{"" if g.primary.any() else " (exploratory: not what the batch was made for)"}</h3><ul>' + "".join(
         f'<li>{html.escape((r["group"] + ": ") if r["group"] else "")}{html.escape(r["text"])}</li>' for r in g.to_dict("records")) + "</ul>" for score, g in table.groupby("score", sort=False))
     return HTML(items)
 
@@ -203,7 +209,7 @@ def effects_figure(results, table):
     unit = rows.v.iloc[0].unit if len(rows) else ""
     better = "right" if len(rows) and rows.v.iloc[0].higher_is_better else "left"
     fig.update_xaxes(title=f"difference{f', {unit}' if unit else ''} ({better} is better)").update_yaxes(autorange="reversed")
-    return fig.update_layout(height=150 + 44 * max(1, rows.a.nunique()), title=f"{primary(table).score.iloc[0]}: difference to {', '.join(dict.fromkeys(primary(table).b))}", margin_t=70)
+    return fig.update_layout(height=150 + 44 * max(1, rows.a.nunique()), title=f"{named(results, primary(table).score.iloc[0])}: difference to {', '.join(dict.fromkeys(primary(table).b))}", margin_t=70)
 
 def scores_figure(results, score):
     "Every seed as a dot; the diamond is the IQM of the arm, the bar its 95 % interval."
@@ -220,7 +226,7 @@ def scores_figure(results, score):
             ci = iqm_ci(x)
             fig.add_scatter(x=[arm], y=[ci["iqm"]], error_y=dict(array=[ci["high"] - ci["iqm"]], arrayminus=[ci["iqm"] - ci["low"]], thickness=2, width=7), mode="markers", marker=dict(symbol="diamond", size=10, color=colour(results, arm)),
                             hovertemplate=f"IQM {ci['iqm']:.4g} [{ci['low']:.4g}, {ci['high']:.4g}], n = {ci['n']}<extra></extra>", showlegend=False, row=1, col=col)
-    return fig.update_layout(title=f"{score} of every seed", height=360).update_yaxes(title=score, col=1)
+    return fig.update_layout(title=f"{named(results, score)} of every seed", height=360).update_yaxes(title=score, col=1)
 
 # %% ../../nbs/evidence/65_verdict.ipynb #98356b42
 AXES = dict(decisions="decisions", gradient_steps="gradient steps", active_s="active seconds")

@@ -16,7 +16,7 @@ from ..core.runs import config_hash, lock_file, open_run
 from .artifacts import read_artifact
 from .iqn import identity, train_iqn
 from .iqn_config import TrainConfig
-from .pretrain import NOT_RESULT, PretrainConfig, pretrain
+from .pretrain import NOT_RESULT, PretrainConfig, pretrain, window_frames
 from .rollout import evaluate, make_env, resolve_tracks, start
 from .weights import inject
 from ..world.env import WORLD_VERSION
@@ -50,7 +50,7 @@ def pretrained(task, data_dir, output_dir="output", **settings):
     if task == "none": return None
     settings = dict(framework="native", workers=1, lightning=dict(early_stopping=False, tensorboard=False)) | settings
     cfg, root = PretrainConfig(task=task, data_dir=str(data_dir), **settings), Path(output_dir) / "pretrain"
-    kept = dict(data=str(Path(data_dir).resolve()), size=cfg.image_size, n_stack=cfg.n_stack, val=cfg.val_fraction, seed=cfg.seed, hours=cfg.max_hours)
+    kept = dict(data=str(Path(data_dir).resolve()), size=cfg.image_size, frames=window_frames(cfg), val=cfg.val_fraction, seed=cfg.seed, hours=cfg.max_hours)
     name = f"{task}-{config_hash(cfg.model_dump(mode='json', exclude=NOT_RESULT) | kept)}"
     places = dict(output_dir=str(root), run_name=name, preprocess_cache_dir=str(Path(output_dir) / "cache" / config_hash(kept)))
     with alone(root / name): return pretrain(cfg.model_copy(update=places)).dir

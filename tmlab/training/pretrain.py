@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FITS', 'NOT_RESULT', 'LightningOptions', 'PretrainConfig', 'rl_image_size', 'error', 'resolve', 'open_data',
-           'Batches', 'build_model', 'step_loss', 'Meter', 'check_loss', 'monitored', 'stopped_early', 'best_epochs',
-           'Session', 'make_loggers', 'pick_device', 'pick_precision', 'torch_settings', 'fit_native', 'train_epoch',
-           'validate', 'lightning_classes', 'fit_lightning', 'quiet_lightning', 'pretrain', 'run_record', 'model_state',
-           'load_model', 'load_config']
+           'is_labelled', 'window_frames', 'actions_of', 'Batches', 'build_model', 'step_loss', 'Meter', 'check_loss',
+           'monitored', 'stopped_early', 'best_epochs', 'Session', 'make_loggers', 'pick_device', 'pick_precision',
+           'torch_settings', 'fit_native', 'train_epoch', 'validate', 'lightning_classes', 'fit_lightning',
+           'quiet_lightning', 'pretrain', 'run_record', 'model_state', 'load_model', 'load_config']
 
 # %% ../../nbs/training/30_pretrain.ipynb #aed64057
-import math, os, shutil, time, warnings
+import hashlib, math, os, shutil, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
+import numpy as np
 import torch
 import yaml
 from pydantic import Field
@@ -22,11 +23,11 @@ from ..core.compat import shim_torchvision
 from ..core.config import Config, Group
 from ..core.runs import atomic_path, derive_seed, environment, open_run, progress, remove
 from ..models.encoder import encoder_dim, normalise_image
-from ..models.visual import visual_model
+from ..models.visual import TASKS, task_options, visual_model
 from ..replays.cache import build_cache, content_hash, open_cache
 from ..replays.frames import FrameWindows, batches, shuffled
 from ..replays.split import split_replays
-from ..replays.store import ReplayStore
+from ..replays.store import Replay, ReplayStore
 from .artifacts import load_torch, read_artifact, save_torch, write_artifact, write_metrics
 
 # %% ../../nbs/training/30_pretrain.ipynb #ae1091a3
@@ -54,7 +55,7 @@ class PretrainConfig(Config):
     data_dir: str = Field("maps/img", description="dataset root: <track_id>/<replay>/ folders")
     output_dir: str = Field("output/pretrain/vis", description="where run directories are made")
     run_name: str | None = Field(None, description="name of the run directory; without one run_001, run_002, …")
-    task: Literal["ae", "vae", "simclr"] = "ae"
+    task: Literal["ae", "vae", "simclr", "vicreg", "temporal", "inverse", "forward", "bc"] = Field("ae", description="what the encoder learns; the last three need replays with actions")
     framework: Literal["lightning", "native", "lightly"] = Field("lightning", description="training loop; lightly: simclr on single frames alone")
     rl_config_path: str | None = Field(None, description="an agent's YAML; its image size replaces image_size")
     image_size: int = Field(64, ge=48, description="height and width the frames are resized to, pixels")
@@ -70,8 +71,10 @@ class PretrainConfig(Config):
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     vae_latent: int = Field(64, ge=1, description="numbers in the code of a VAE")
     kl_weight: float = Field(1e-3, ge=0, description="β of a VAE")
-    proj_dim: int = Field(128, ge=1, description="SimCLR's projection")
-    temperature: float = Field(0.5, gt=0, description="SimCLR's temperature")
+    proj_dim: int = Field(128, ge=1, description="projection of simclr, vicreg, temporal and forward")
+    temperature: float = Field(0.5, gt=0, description="of simclr and temporal")
+    temporal_gap: int = Field(4, ge=1, description="frames between the two moments that temporal calls the same")
+    shuffle_labels: bool = Field(False, description="mix up the actions of inverse, forward and bc: a control that learns from frames alone")
     val_fraction: float = Field(0.0, ge=0, lt=1, description="share of the tracks kept for validation")
     max_hours: float | None = Field(None, gt=0, description="hours of training replays to use; less lies within more, and validation stays as it is")
     seed: int = Field(42, description="drives the split, the weights, the order and the augmentation")
@@ -106,6 +109,7 @@ def resolve(cfg):
     "A copy of the settings with the image size settled; ValueError for combinations that make no sense."
     if cfg.framework == "lightly" and (cfg.task != "simclr" or cfg.n_stack != 1):
         raise ValueError(f"framework lightly trains simclr on single frames, not {cfg.task} on {cfg.n_stack}; use framework lightning or native")
+    if cfg.shuffle_labels and not is_labelled(cfg): raise ValueError(f"shuffle_labels: {cfg.task} has no labels; inverse, forward and bc have")
     if cfg.task == "simclr" and cfg.batch_size < 2: raise ValueError("simclr compares the images of a batch with each other: batch_size must be 2 or more")
     size = rl_image_size(cfg.rl_config_path) if cfg.rl_config_path else cfg.image_size
     encoder_dim(size)
@@ -113,20 +117,40 @@ def resolve(cfg):
 
 # %% ../../nbs/training/30_pretrain.ipynb #22db8c9b
 def open_data(cfg):
-    "(train, val or None, fingerprint): `FrameWindows` of uint8 from the cache, or from the JPEGs; ValueError when there is nothing to train on."
+    "(train, val or None, fingerprint): `FrameWindows` of uint8 from the cache, or from the JPEGs, with `labels` where the task has them; ValueError when there is nothing to train on."
+    n = window_frames(cfg)
     if cfg.preprocess_cache_dir:
-        build_cache(cfg.data_dir, cfg.preprocess_cache_dir, cfg.image_size, cfg.n_stack, cfg.val_fraction, cfg.seed, cfg.cache_format,
+        build_cache(cfg.data_dir, cfg.preprocess_cache_dir, cfg.image_size, n, cfg.val_fraction, cfg.seed, cfg.cache_format,
                     cfg.cache_build_workers or None, max_hours=cfg.max_hours)
         cache = open_cache(cfg.preprocess_cache_dir, ram=cfg.cache_load_in_ram)
-        return FrameWindows(cache.train), FrameWindows(cache.val) if cache.val else None, cache.meta["content_hash"]
-    store = ReplayStore(cfg.data_dir).require_sound()
-    splits = split_replays(store, cfg.val_fraction, cfg.seed, cfg.max_hours)
-    train, val = (FrameWindows(splits[s], cfg.n_stack, cfg.image_size) if s in splits else None for s in ("train", "val"))
-    return train, val, content_hash(r for replays in splits.values() for r in replays)
+        train, val, fingerprint = FrameWindows(cache.train), FrameWindows(cache.val) if cache.val else None, cache.meta["content_hash"]
+    else:
+        store = ReplayStore(cfg.data_dir).require_sound()
+        splits = split_replays(store, cfg.val_fraction, cfg.seed, cfg.max_hours)
+        train, val = (FrameWindows(splits[s], n, cfg.image_size) if s in splits else None for s in ("train", "val"))
+        fingerprint = content_hash(r for replays in splits.values() for r in replays)
+    if not is_labelled(cfg): return train, val, fingerprint
+    both = {split: data for split, data in (("train", train), ("val", val)) if data}
+    for data in both.values(): data.labels = actions_of(data, cfg)
+    fingerprint = hashlib.sha256(fingerprint.encode() + b"".join(data.labels.tobytes() for data in both.values())).hexdigest()
+    if cfg.shuffle_labels:
+        for split, data in both.items(): data.labels = np.random.default_rng(derive_seed(cfg.seed, "labels", split)).permutation(data.labels)
+    return train, val, fingerprint
+
+def is_labelled(cfg): return getattr(TASKS[cfg.task], "labelled", False)
+
+def window_frames(cfg):
+    "Frames of a window: those that the encoder sees, and those up to the second moment of tasks about two."
+    return cfg.n_stack + (cfg.temporal_gap if cfg.task == "temporal" else int(getattr(TASKS[cfg.task], "pairs", False)))
+
+def actions_of(data, cfg):
+    "Class of the action (N,) int64 that follows the first moment of each window of `data`; ValueError where a replay records none."
+    of_replay = [Replay(Path(cfg.data_dir) / track / name).manifest.action_idx for track, name in data.replays]
+    return np.array([of_replay[r][i] for r, i in zip(data.replay_of, data.frame_of - window_frames(cfg) + cfg.n_stack)], np.int64)
 
 # %% ../../nbs/training/30_pretrain.ipynb #83623372
 class Batches:
-    "The batches (B, n_stack, 1, H, W) uint8 of one epoch; `epoch()` tells which one. Shuffled, unless `shuffle` is False."
+    "The batches of one epoch, each (frames,) or (frames, labels): (B, window, 1, H, W) uint8, (B,) int64; `epoch()` tells which epoch. Shuffled, unless `shuffle` is False."
     def __init__(self, data, cfg, epoch, shuffle=True, pin=False):
         self.data, self.cfg, self.epoch, self.shuffle, self.pin = data, cfg, epoch, shuffle, pin
 
@@ -135,20 +159,22 @@ class Batches:
     def __iter__(self):
         seed, epoch = (self.cfg.seed, self.epoch()) if self.shuffle else (None, 0)
         chunks = shuffled(len(self.data), self.cfg.batch_size, seed, epoch)
-        return batches(self.data, chunks, self.cfg.workers, self.cfg.workers * self.cfg.prefetch_factor, self.pin)
+        frames = batches(self.data, chunks, self.cfg.workers, self.cfg.workers * self.cfg.prefetch_factor, self.pin)
+        labels = getattr(self.data, "labels", None)
+        return zip(frames) if labels is None else zip(frames, (torch.from_numpy(labels[c]) for c in chunks))
 
 # %% ../../nbs/training/30_pretrain.ipynb #db45951e
 def build_model(cfg):
     "The untrained module of the task; its weights follow from the seed, and torch's global generator is left alone."
-    options = dict(ae={}, vae=dict(vae_latent=cfg.vae_latent, kl_weight=cfg.kl_weight), simclr=dict(proj_dim=cfg.proj_dim, temperature=cfg.temperature))[cfg.task]
+    options = {k: getattr(cfg, k) for k in task_options(cfg.task)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, "weights"))
         return visual_model(cfg.task, cfg.image_size, cfg.n_stack, cfg.stack_mode, cfg.image_normalization, **options)
 
 def step_loss(model, batch, cfg, split, epoch, step):
-    "Dict of losses of one batch (uint8, on the model's device); `loss` is the one to minimise."
-    seed = derive_seed(cfg.seed, "noise", split, epoch if split == "train" else 0, step)
-    return model.loss(normalise_image(batch, cfg.image_normalization), torch.Generator(batch.device).manual_seed(seed))
+    "Dict of losses of one batch (frames uint8 and labels, on the model's device); `loss` is the one to minimise."
+    seed, (frames, *labels) = derive_seed(cfg.seed, "noise", split, epoch if split == "train" else 0, step), batch
+    return model.loss(normalise_image(frames, cfg.image_normalization), torch.Generator(frames.device).manual_seed(seed), *labels)
 
 class Meter:
     "Means of a split's losses over an epoch, weighted by batch size, summed in float64 without waiting for the device."
@@ -219,7 +245,7 @@ class Session:
         self.log_row(row)
         self.rows.append(row)
         self.seconds += time.perf_counter() - self.started
-        self.images += self.meters["train"].n * self.cfg.n_stack
+        self.images += self.meters["train"].n * window_frames(self.cfg)
         with atomic_path(self.last) as tmp: save(tmp)
         self.write_files()
         self.bar.set_postfix(epoch=row["epoch"], **{k: f"{v:.4f}" for k, v in row.items() if k.endswith("_loss")}, refresh=False)
@@ -301,7 +327,7 @@ def train_epoch(model, cfg, train, session, optimizer, scaler, cast, device):
     "One pass over the training batches."
     epoch = len(session.rows)
     for step, batch in enumerate(Batches(train, cfg, lambda: epoch, pin=cfg.pin_memory and device.type == "cuda")):
-        with cast: parts = step_loss(model, batch.to(device, non_blocking=True), cfg, "train", epoch, step)
+        with cast: parts = step_loss(model, [x.to(device, non_blocking=True) for x in batch], cfg, "train", epoch, step)
         optimizer.zero_grad()
         scaler.scale(parts["loss"]).backward()
         if cfg.grad_clip:
@@ -309,14 +335,14 @@ def train_epoch(model, cfg, train, session, optimizer, scaler, cast, device):
             torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         scaler.step(optimizer)
         scaler.update()
-        session.add("train", parts, len(batch), step)
+        session.add("train", parts, len(batch[0]), step)
         session.bar.update()
 
 @torch.no_grad()
 def validate(model, cfg, val, session, cast, device):
     "One pass over the validation batches."
     for step, batch in enumerate(Batches(val, cfg, None, shuffle=False)):
-        with cast: session.add("val", step_loss(model, batch.to(device), cfg, "val", 0, step), len(batch), step)
+        with cast: session.add("val", step_loss(model, [x.to(device) for x in batch], cfg, "val", 0, step), len(batch[0]), step)
 
 # %% ../../nbs/training/30_pretrain.ipynb #eae968f0
 def lightning_classes():
@@ -335,10 +361,10 @@ def lightning_classes():
 
         def training_step(self, batch, step):
             parts = step_loss(self.model, batch, self.cfg, "train", len(self.session.rows), step)
-            self.session.add("train", parts, len(batch), step)
+            self.session.add("train", parts, len(batch[0]), step)
             return parts["loss"]
 
-        def validation_step(self, batch, step): self.session.add("val", step_loss(self.model, batch, self.cfg, "val", 0, step), len(batch), step)
+        def validation_step(self, batch, step): self.session.add("val", step_loss(self.model, batch, self.cfg, "val", 0, step), len(batch[0]), step)
 
     class SessionCallback(pl.Callback):
         "Opens and closes the session's epochs."
