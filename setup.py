@@ -13,6 +13,6 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=find_packages(include=["tmlab", "tmlab.*"]), package_data={"tmlab": ["static/*", "static/**/*"]},
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "ray")},
+    install_requires=cfg["requirements"].split(), extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "ray", "experiments")},
     entry_points={"console_scripts": cfg["console_scripts"].split("\n")}, zip_safe=False,
 )

@@ -120,7 +120,7 @@ def meta_states(meta):
 
 # %% ../../nbs/replays/40_manifest.ipynb #9607ad78
 FORMAT_VERSION = 1
-FRAME_SOURCES = ("rendered", "game")  # drawn by our camera, or captured from the game
+FRAME_SOURCES = ("rendered", "game", "other")  # drawn by our camera, captured from the game, or no frames of it at all
 PIECE = 64  # frames that are encoded and written together
 
 def write_replay(folder, frames, entries, metadata, meta=None, actions=None, timestamp=None):
@@ -128,7 +128,7 @@ def write_replay(folder, frames, entries, metadata, meta=None, actions=None, tim
 
     `frames` (T, H, W) uint8, or an iterator over pieces (k, H, W) of them in order; `entries` dict: time_ms (T,) and, where known, action_idx (T,),
     inputs (T, 4) bool, states CarState(T), interpolated (T,) bool.
-    `metadata` needs frame_source ("rendered" or "game"); source, player, race_finished, race_time_ms are null where the caller does not know them.
+    `metadata` needs frame_source (one of FRAME_SOURCES); source, player, race_finished, race_time_ms are null where the caller does not know them.
     `meta`: dicts in rulka's form, also from an iterator. `actions`: the whole timeline, one index per step_ms. `timestamp`: ISO text for every entry, or one per entry.
     Bad arguments: ValueError."""
     folder = Path(folder)

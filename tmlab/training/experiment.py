@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from ..core.runs import config_hash, lock_file, open_run
+from ..core.runs import atomic_path, config_hash, lock_file, open_run
+from ..replays.generic import write_images
+from ..replays.store import ReplayStore
 from .artifacts import read_artifact
 from .iqn import identity, train_iqn
 from .iqn_config import TrainConfig
@@ -40,9 +42,15 @@ def prepare_replays(tracks, per_track=4, output_dir="output", image_size=64, see
 
 # %% ../../nbs/training/80_experiment.ipynb #e7305ad5
 def replays_of(images, tracks, laps=2, output_dir="output", image_size=64):
-    "Dataset folder of the images called `images`: `game`, replays of the expert on `tracks`."
-    if images != "game": raise ValueError(f"images '{images}': use game")
-    return prepare_replays(tracks, laps, output_dir, image_size)
+    "Dataset folder of the images called `images`: `game`, replays of the expert on `tracks`; `textures` or `photos`, as many images as those have frames."
+    game = prepare_replays(tracks, laps, output_dir, image_size)
+    if images == "game": return game
+    recipe = dict(images=images, n=int(ReplayStore(game).replays.n_frames.sum()), image_size=image_size)
+    with alone(Path(output_dir) / "data" / config_hash(recipe)) as folder, open_run(folder.parent, recipe, folder.name) as run:
+        if not run.finished:
+            with atomic_path(folder / "images") as tmp: write_images(images, tmp, recipe["n"], image_size)
+            run.finish()
+    return folder / "images"
 
 # %% ../../nbs/training/80_experiment.ipynb #e97ffbfc
 def pretrained(task, data_dir, output_dir="output", **settings):
