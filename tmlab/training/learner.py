@@ -248,11 +248,13 @@ class Learner:
             for p in self.parts[part]: p.requires_grad_(0 <= steps <= self.gradient_steps)
 
     def targets(self, b, next_floats, generator):
-        "Target quantiles (K, B) and their tau (K, B); best action by the target network, or by the online one with `ddqn`."
+        "Target quantiles (K, B) and their tau (K, B); best action by the target network, or by the online one with `ddqn`, after noise with `target_noise`."
         tau = draw_tau(len(b.action), self.cfg.quantiles, generator).to(b.image.device)
         image, seen = mask_inputs(b.next_image, next_floats, self.cfg.inputs)
         q = quantile_values(self.target, image, seen, tau, self.bf16)
-        best = (quantile_values(self.net, image, seen, tau, self.bf16) if self.cfg.ddqn else q).mean(0).argmax(1)
+        value = (quantile_values(self.net, image, seen, tau, self.bf16) if self.cfg.ddqn else q).mean(0)
+        if self.cfg.target_noise: value = value + self.cfg.target_noise * torch.randn(value.shape, generator=generator).to(value.device)
+        best = value.argmax(1)
         reward = b.reward + b.discount * potential(next_floats, self.cfg.distance_shaping) - potential(b.floats, self.cfg.distance_shaping)
         return reward + b.discount * q[:, torch.arange(len(best)), best], tau.view(len(q), -1)
 
