@@ -163,7 +163,7 @@ class Trainer:
     def learn(self):
         "One gradient step."
         if self.cfg.calibrate and not self.learner.gradient_steps: self.calibrate()
-        b = self.batch()
+        b, self.learner.target_noise = self.batch(), self.value("target_noise", True)
         step = self.learner.learn(b, self.value("learning_rate"), self.random["learn"], self.value("bc_weight", True))
         if self.cfg.priority_alpha: self.buffer.update_priorities(b.index[:self.own_rows], step.error[:self.own_rows])
         for name in ("loss", "norm", "q"): self.recent[name].append(getattr(step, name))

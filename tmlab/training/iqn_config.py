@@ -139,7 +139,7 @@ class TrainConfig(Config):
     failure: Literal["stand", "bootstrap"] = Field("stand", description="value after leaving the road or 2 s without progress: of standing there, or of the last state (upstream)")
     failure_s: float = Field(0, ge=0, description="seconds that such an end costs beyond standing there until the mini-race is over")
     ddqn: bool = Field(False, description="the online network chooses the action that the target network values")
-    target_noise: float = Field(0, ge=0, description="size of noise on the values by which the target's action is chosen: 0 values a driver who makes no mistakes, more one who must leave room for them")
+    target_noise: Schedule = Field("0:0", description="size of noise on the values by which the target's action is chosen; linear between points. 0 values a driver who makes no mistakes, more one who leaves room for them")
     quantiles: int = Field(8, ge=2, multiple_of=2, description="of the loss, predicted and target; and of an exploring decision")
     eval_quantiles: int = Field(32, ge=2, multiple_of=2, description="of a decision in an evaluation")
     kappa: float = Field(5e-3, gt=0, description="width of the quadratic part of the quantile Huber loss")

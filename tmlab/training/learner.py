@@ -19,7 +19,7 @@ from torch import nn
 from ..models.encoder import normalise_image
 from ..models.iqn import IQN, draw_tau
 from ..replays.floats import FLOAT_MEAN, PIXEL_FLOATS
-from .iqn_config import network_options, parse_freeze
+from .iqn_config import network_options, parse_freeze, schedule
 from .weights import WEIGHTS, agent_encoder, check_weights, load_linesight, read_encoder, read_weights, trained_pixels
 
 # %% ../../nbs/training/64_learner.ipynb #d8fde3d6
@@ -228,6 +228,7 @@ class Learner:
     def __init__(self, cfg, bf16=False, aux=None):
         self.cfg, self.bf16, self.gradient_steps, self.memories = cfg, bf16, 0, 0
         self.net, self.target = initial_networks(cfg)
+        self.target_noise = schedule(cfg.target_noise, 0, linear=True)  # whoever counts decisions moves it on
         self.aux = nn.ModuleDict({k: a.module for k, a in (aux or {}).items()}).to(cfg.device)
         self.aux_terms, self.params = aux or {}, list(self.net.parameters())
         self.parts, self.freeze, self.guard = parts_of(self.net), parse_freeze(cfg.freeze), LossGuard()
@@ -253,7 +254,7 @@ class Learner:
         image, seen = mask_inputs(b.next_image, next_floats, self.cfg.inputs)
         q = quantile_values(self.target, image, seen, tau, self.bf16)
         value = (quantile_values(self.net, image, seen, tau, self.bf16) if self.cfg.ddqn else q).mean(0)
-        if self.cfg.target_noise: value = value + self.cfg.target_noise * torch.randn(value.shape, generator=generator).to(value.device)
+        if self.target_noise: value = value + self.target_noise * torch.randn(value.shape, generator=generator).to(value.device)
         best = value.argmax(1)
         reward = b.reward + b.discount * potential(next_floats, self.cfg.distance_shaping) - potential(b.floats, self.cfg.distance_shaping)
         return reward + b.discount * q[:, torch.arange(len(best)), best], tau.view(len(q), -1)
