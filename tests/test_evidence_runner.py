@@ -43,8 +43,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def begin(*args):
-    "`tmlab run toy.yaml` in a process of its own."
-    return subprocess.Popen([sys.executable, "-c", "from tmlab.cli import main; main()", "run", "toy.yaml", *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    "`tmlab run toy.yaml` in a process of its own, one that hears Ctrl-C though this one may have been started in the background."
+    return subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from tmlab.cli import main; main()", "run", "toy.yaml", *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_until(condition, seconds=60):
