@@ -9,6 +9,7 @@ __all__ = ['Parameters', 'SET_BY_RUNNER', 'Strict', 'Preset', 'Comparison', 'Rel
 
 # %% ../../nbs/evidence/52_design.ipynb #71c9fcf3
 import ast, hashlib, json
+from functools import reduce
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -127,12 +128,12 @@ class Unit:
     def __str__(self): return f"{self.group + '/' if self.group else ''}{self.arm} seed {self.seed}"
 
 def make_units(b, groups, arms, seeds):
-    "Units of `Batch` b for these groups, arms and seeds: seeds outermost, so that a batch that was stopped early has as many of every arm."
+    "Units of `Batch` b for these groups, arms and seeds: seeds outermost, so that a batch that was stopped early has as many of every arm. Of a parameter that is a mapping each of them may set some keys."
     out = []
     for seed in seeds:
         for g in groups:
             for a in arms:
-                p = b.defaults | b.common | b.groups.get(g, {}) | b.arms[a] | b.preset_parameters | dict(seed=seed)
+                p = reduce(over, (b.defaults, b.common, b.groups.get(g, {}), b.arms[a], b.preset_parameters, dict(seed=seed)))
                 p = {k: v for k, v in p.items() if k not in ("unit_dir", "output_dir")}
                 out.append(Unit(g, a, seed, p, config_hash(dict(code=b.notebook_hash, parameters=p))))
     return out
