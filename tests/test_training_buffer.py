@@ -7,7 +7,7 @@ from tmlab.replays.store import ReplayStore
 from tmlab.tracks.generate import generate_track
 from tmlab.training.buffer import (ReplayBuffer, add_step, draw_starts, ends, fill_policy, fill_replays, frames, load_rows, prioritised_starts, recorded_drive,
                                    row_files, sample, save_rows, stack_rows, window_length)
-from tmlab.world.env import NO_PROGRESS, RaceVectorEnv, TIME_LIMIT
+from tmlab.world.env import NO_PROGRESS, RUNNING, RaceVectorEnv, TIME_LIMIT
 from tmlab.world.expert import Expert
 from tmlab.world.record import import_replay, record_replays
 
@@ -82,7 +82,7 @@ def stack_by_hand(b, row, car, stack):
     rows = [row]
     while len(rows) < stack:
         t = rows[0] - 1
-        if t < max(0, b.total - b.steps) or b.terminated[t % b.steps, car] or b.truncated[t % b.steps, car] or b.failed[t % b.steps, car]: break
+        if t < max(0, b.total - b.steps) or b.terminated[t % b.steps, car] or b.truncated[t % b.steps, car]: break
         rows.insert(0, t)
     return [rows[0]] * (stack - len(rows)) + rows
 
@@ -110,7 +110,7 @@ def test_stacks_of_a_batch():
 
 def test_whole_races_are_kept_and_never_learned_from():
     b = random_buffer(0, 250, steps=250, cars=8, test_share=0.3)
-    done = b.terminated | b.truncated | b.failed
+    done = b.terminated | b.truncated
     assert (b.test[1:] == b.test[:-1])[~done[:-1]].all() and 0.2 < b.test.float().mean() < 0.4
     for alpha in (0.0, 0.7):
         batch = sample(b, 2000, 5, generator=seeded(0), stack=3, alpha=alpha)
@@ -275,6 +275,28 @@ def test_the_clock_is_no_failure():
     ended = np.ones(2, bool)
     for info in (dict(end=np.array([TIME_LIMIT, NO_PROGRESS])), {}): add_step(b, obs, np.zeros(2, int), (obs, np.zeros(2), ~ended, ended, info))
     assert b.failed[:2].tolist() == [[False, True], [False, False]] and b.truncated[:2].all() and (b.floats[:2, :, 3] == 5).all()
+
+def test_a_car_that_stood_had_failed_when_it_stopped(tmp_path):
+    "Its rows say so from there on: in the buffer, in the files of an earlier save, and not where the race is shorter than that; upstream's bootstrap knows nothing of it."
+    obs, no = dict(image=np.zeros((2, 1, 8, 8), np.uint8), floats=np.zeros((2, 184), np.float32)), np.zeros(2, bool)
+    b, upstream = ReplayBuffer(60, 2, (1, 8, 8)), ReplayBuffer(60, 2, (1, 8, 8))
+    for t in range(70):
+        idle = np.array([t == 65, False])
+        for buffer, hindsight in ((b, True), (upstream, False)): add_step(buffer, obs, np.zeros(2, int), (obs, np.full(2, -0.05), no, idle, dict(end=np.where(idle, NO_PROGRESS, RUNNING))), in_hindsight=hindsight)
+        if t == 50: save_rows(b, tmp_path)
+    failed = torch.arange(10, 70)[b.failed[torch.arange(10, 70) % 60, 0]]
+    assert failed.tolist() == list(range(26, 66)) and not b.failed[:, 1].any() and upstream.failed.sum() == 1
+    batch = sample(b, 500, 5, gamma=1.0, generator=seeded(0), discard_non_greedy=False)
+    row, stood = batch.index // 2, (batch.index % 2 == 0) & (batch.index // 2 >= 26) & (batch.index // 2 < 66)
+    left = 140 - batch.floats[:, 0]
+    assert stood.sum() > 100 and torch.allclose(batch.reward[stood], -0.05 - 0.06 * (left[stood] - 1), atol=1e-4) and (batch.discount[stood] == 0).all()
+    assert stack_rows(b, torch.tensor([40]), torch.tensor([0]), 4).tolist() == [[37, 38, 39, 40]]  # it is one race all the same
+    again = ReplayBuffer(60, 2, (1, 8, 8))
+    load_rows(again, tmp_path, save_rows(b, tmp_path))
+    assert torch.equal(again.failed, b.failed)
+    young = ReplayBuffer(60, 2, (1, 8, 8))
+    for t in range(3): add_step(young, obs, np.zeros(2, int), (obs, np.zeros(2), no, np.array([t == 2, False]), dict(end=np.full(2, NO_PROGRESS))), in_hindsight=True)
+    assert young.failed[:3, 0].all()
 
 def test_replays_are_what_the_world_gave(track, laps):
     "A lap driven again in the world with the recorded actions: the same floats, frames and rewards, but for the last reward, which stops at the line."

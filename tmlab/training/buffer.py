@@ -19,7 +19,7 @@ from ..replays.actions import FORWARD
 from ..replays.floats import DECISION_MS, LINE_AFTER, LINE_BEFORE, N_FLOATS, interpolate_states, recorded_floats, set_back, walk_line, zone_metres
 from ..replays.manifest import meta_states
 from ..tracks.line import ReferenceLine
-from ..world.env import REWARD_PER_M, REWARD_PER_MS, TIME_LIMIT, uniform
+from ..world.env import IDLE_MS, NO_PROGRESS, REWARD_PER_M, REWARD_PER_MS, TIME_LIMIT, uniform
 
 # %% ../../nbs/training/60_buffer.ipynb #42ade66e
 @njit(cache=True)
@@ -83,13 +83,20 @@ class ReplayBuffer:
         "Store one decision of every car: each of `FIELDS` as an array (num_envs, …) or a number."
         self.write(self.total % self.steps, row, self.testing)
         self.total += 1
-        ended = [torch.as_tensor(row[name]).cpu().expand(self.num_envs) for name in ("terminated", "truncated", "failed")]
-        self.next_race(ended[0] | ended[1] | ended[2])
+        terminated, truncated = (torch.as_tensor(row[name]).cpu().expand(self.num_envs) for name in ("terminated", "truncated"))
+        self.next_race(terminated | truncated)
+
+    def fail_since(self, cars, rows):
+        "Mark the last `rows` rows of the `cars` (indices) as failed: that they had is known only now."
+        first = max(0, self.total - rows, self.total - self.steps)
+        slots = torch.arange(first, self.total, device=self.failed.device) % self.steps
+        self.failed[slots[:, None], torch.as_tensor(cars, device=self.failed.device)] = True
+        self.saved = min(self.saved, first)
 
     def cut(self):
         "Cut off the race of every car at its last row: what is added next does not follow from it."
         slot = (self.total - 1) % self.steps
-        open_races = ~(self.terminated[slot] | self.truncated[slot] | self.failed[slot])
+        open_races = ~(self.terminated[slot] | self.truncated[slot])
         self.truncated[slot] = True
         self.next_race(open_races.cpu())
         self.saved = min(self.saved, self.total - 1)
@@ -138,8 +145,8 @@ def window_length(over, cut, greedy, discard_non_greedy=True):
 def stack_rows(buffer, row, car, stack):
     "Rows (B, stack) of the last `stack` frames of the states (`row`, `car`), oldest first; none before the first of the race or of the ring."
     before = row[:, None] - torch.arange(1, stack, device=row.device)
-    over, cut = ends(buffer, None, (before % buffer.steps, car[:, None]))
-    same_race = ~(over | cut) & (before >= buffer.total - buffer.steps) & (before >= 0)
+    at = before % buffer.steps, car[:, None]
+    same_race = ~(buffer.terminated[at] | buffer.truncated[at]) & (before >= buffer.total - buffer.steps) & (before >= 0)
     reach = same_race.cumprod(1).sum(1, keepdim=True)  # frames before this one that belong to it
     return row[:, None] - torch.minimum(torch.arange(stack - 1, -1, -1, device=row.device), reach)
 
@@ -270,11 +277,14 @@ def load_rows(buffer, folder, number):
         if n > number: path.unlink()
 
 # %% ../../nbs/training/60_buffer.ipynb #d6bdc899
-def add_step(buffer, obs, action, step, greedy=True, expert=False):
-    "Store the decisions `action` (num_envs,) made on `obs`, and what the vector env answered to them: `step`. Any end but the finish and the time limit is a failure where infos tell the `end`."
+def add_step(buffer, obs, action, step, greedy=True, expert=False, in_hindsight=False):
+    """Store the decisions `action` (num_envs,) made on `obs`, and what the vector env answered to them: `step`. Any end but the finish and the time limit is a failure where infos tell the `end`.
+
+    `in_hindsight`: a car that made no progress for 2 s had failed when these began."""
     _, reward, terminated, truncated, info = step
     failed = truncated & (info["end"] != TIME_LIMIT) if "end" in info else False
     buffer.add(image=obs["image"], floats=all_floats(obs), action=action, reward=reward, terminated=terminated, truncated=truncated, failed=failed, greedy=greedy, expert=expert)
+    if in_hindsight and "end" in info and (idle := np.flatnonzero(truncated & (info["end"] == NO_PROGRESS))).size: buffer.fail_since(idle, round(IDLE_MS / DECISION_MS))
 
 def all_floats(obs):
     "The floats of an observation with its extras behind them, (n, 184 + k) float32."

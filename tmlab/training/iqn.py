@@ -104,7 +104,7 @@ class Trainer:
 
     def store(self, action, step, greedy=True, expert=False):
         "Put a decision of every car and what the world answered into the buffer; of stacked frames the newest, the others are there."
-        add_step(self.buffer, dict(self.obs, image=self.obs["image"][:, -1:]), action, step, greedy, expert)
+        add_step(self.buffer, dict(self.obs, image=self.obs["image"][:, -1:]), action, step, greedy, expert, in_hindsight=self.cfg.failure == "stand")
 
     def note_policy(self, q):
         "Count the best actions of mean values q (n, A), and how far they lead the second best."

@@ -136,7 +136,7 @@ class TrainConfig(Config):
     n_step: StepSchedule = Field("10", description="rewards that are added up before the target network's value; linear between points, rounded")
     horizon: int = Field(140, ge=1, description="decisions of a mini-race (7 s)")
     discard_non_greedy: bool = Field(False, description="an exploratory action ends an n-step window")
-    failure: Literal["stand", "bootstrap"] = Field("stand", description="value after leaving the road or 2 s without progress: of standing there, or of the last state (upstream)")
+    failure: Literal["stand", "bootstrap"] = Field("stand", description="value after leaving the road, or from where 2 s without progress began: of standing there; or of the last state (upstream)")
     failure_s: float = Field(0, ge=0, description="seconds that such an end costs beyond standing there until the mini-race is over")
     ddqn: bool = Field(False, description="the online network chooses the action that the target network values")
     target_noise: Schedule = Field("0:0", description="size of noise on the values by which the target's action is chosen; linear between points. 0 values a driver who makes no mistakes, more one who leaves room for them")
